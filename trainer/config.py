@@ -1,0 +1,303 @@
+"""The config of a run: TOML -> frozen pydantic models.
+
+`load(path, overrides)` is the only way in: it reads the file, applies `--set a.b=c`, refuses unknown keys with the
+nearest name, and turns every complaint into one UserError that names file and key. A plugin's own options stand next to
+what they build (`trainer/models/dlrm.py: Config`) and are validated here through their `kind`.
+"""
+
+import hashlib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding.tables.base import SHARDING_TYPES
+from trainer.data.dataset import Frozen
+
+Positive = Annotated[int, Field(gt=0)]
+ShardingType = Literal["auto", *SHARDING_TYPES]  # type: ignore[valid-type]
+
+
+class Plugin(Frozen):
+    """Base of a plugin's options; `kind` is the file name in its folder, or a dotted name."""
+
+    kind: str
+
+
+def _plugin(package: str):
+    """A field whose options are checked by the `Config` class of the plugin its `kind` names."""
+
+    def build(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, dict) or "kind" not in value:
+            raise ValueError(f"needs kind = one of {', '.join(registry.names(package))}")
+        return registry.load(package, str(value["kind"])).Config.model_validate(value)
+
+    return Annotated[SerializeAsAny[Plugin], BeforeValidator(build)]
+
+
+class Features(Frozen):
+    """Which columns of a Parquet folder that nobody prepared are what."""
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    dense: tuple[str, ...] = ()
+    categorical: dict[str, Positive]  # column -> cardinality; a list column is multi-hot
+    weight: str | None = None
+
+
+class Data(Frozen):
+    path: Path  # dataset folder, or a folder of Parquet files together with `features`
+    features: Features | None = None
+    prepare: str | None = None  # what `train` prepares into `path` when it is missing, e.g. "synthetic:criteo"
+    prepare_options: dict[str, Any] = {}  # rows, seed, scale, ... of that source
+    streams: Positive = 8  # S: a multiple of every world size the run may ever use
+    shuffle_window: Positive = 32768  # rows of one stream shuffled among themselves; 1 = file order
+    prefetch: Positive = 4  # batches decoded ahead
+    threads: Positive = 2  # decoding threads of a rank
+    id_policy: Literal["error", "clip", "hash"] = "error"  # for ids outside a table; overridden per table
+
+
+class TableOptions(Frozen):
+    """What may be said of a table; None leaves the default."""
+
+    rows: Positive | None = None  # default: the feature's cardinality
+    dim: Positive | None = None
+    pooling: Literal["sum", "mean"] | None = None
+    sharding: ShardingType | None = None
+    kind: str | None = None
+    options: dict[str, Any] | None = None
+    id_policy: Literal["error", "clip", "hash"] | None = None
+    init_std: float | None = None
+
+
+class TableOverride(TableOptions):
+    match: str | tuple[str, ...]  # feature names or shell patterns
+    table: str | None = None  # the matched features share one table of this name
+
+
+class Tables(Frozen):
+    dim: Positive = 16
+    pooling: Literal["sum", "mean"] = "sum"
+    sharding: ShardingType = "auto"
+    kind: str = "standard"
+    override: tuple[TableOverride, ...] = ()  # the last match wins, key by key
+
+
+class Schedule(Frozen):
+    """A factor on both learning rates: linear warm-up, then constant, then decay."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["none", "linear", "cosine", "poly"] = "none"
+    decay_start: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    power: float = 2.0  # of decay = "poly"
+    end_factor: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.decay != "none" and self.decay_steps <= 0:
+            raise ValueError(f"decay = {self.decay!r} needs decay_steps > 0")
+        if self.decay != "none" and self.decay_start < self.warmup_steps:
+            raise ValueError(f"decay_start {self.decay_start} lies inside the warm-up of {self.warmup_steps} steps")
+        return self
+
+    def factor(self, step: int) -> float:
+        """The factor for the step of this number (from 0)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "none" or step < self.decay_start:
+            return 1.0
+        left = 1.0 - min(1.0, (step - self.decay_start) / self.decay_steps)
+        if self.decay == "cosine":
+            import math
+
+            left = 0.5 * (1.0 - math.cos(math.pi * left))
+        elif self.decay == "poly":
+            left = left**self.power
+        return self.end_factor + (1.0 - self.end_factor) * left
+
+
+class Optim(Frozen):
+    sparse: _plugin("trainer.optim")  # type: ignore[valid-type]  # the tables, fused into the backward
+    dense: _plugin("trainer.optim")  # type: ignore[valid-type]  # everything else
+    schedule: Schedule = Schedule()
+    clip_grad_norm: float | None = Field(default=None, gt=0)  # of the dense gradients
+
+
+class Train(Frozen):
+    batch_size: Positive  # global
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    nproc: Positive = 1  # ranks, unless --nproc says otherwise
+    pipeline: Literal["overlapped", "plain"] = "overlapped"
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of the dense layers
+    loss: Literal["bce", "mse"] = "bce"
+    task_weights: tuple[float, ...] | None = None  # one per label; default 1 each
+    log_every: Positive = 20
+    checkpoint_every: Positive | None = None  # steps; always one at the end
+    keep_checkpoints: Positive = 2
+
+
+class Eval(Frozen):
+    every: Positive | None = None  # steps
+    split: str | None = None  # during training; default valid, or test where there is no valid
+    final_split: str | None = None  # at the end; default test, or valid where there is no test
+    batch_size: Positive | None = None  # global; default that of training
+    max_rows: Positive | None = None  # of the evaluations during training; the last one takes all rows
+
+
+class Run(Frozen):
+    dir: Path = Path("runs")
+    tensorboard: bool = False
+    timeout_seconds: Positive = 300  # a collective that takes longer ends the run
+
+
+class Config(Frozen):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=1, ge=0, lt=2**31)
+    data: Data
+    tables: Tables = Tables()
+    model: _plugin("trainer.models")  # type: ignore[valid-type]
+    optim: Optim
+    train: Train
+    eval: Eval = Eval()
+    run: Run = Run()
+
+    @field_validator("name")
+    @classmethod
+    def _no_reserved(cls, value: str) -> str:
+        if value == "latest":
+            raise ValueError("'latest' is the link to the newest run; choose another name")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        streams = self.data.streams
+        for key, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size)):
+            if size is not None and size % streams:
+                lower, upper = size // streams * streams, (size // streams + 1) * streams
+                raise ValueError(
+                    f"{key} = {size} does not divide over data.streams = {streams}; use {lower or upper} or {upper}"
+                )
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """UserError unless the streams divide over this many ranks."""
+        if self.data.streams % world_size:
+            fits = [w for w in range(1, self.data.streams + 1) if self.data.streams % w == 0]
+            raise UserError(
+                f"{world_size} ranks do not divide data.streams = {self.data.streams}; "
+                f"use {', '.join(map(str, fits))} ranks, or set data.streams to a multiple of {world_size}"
+            )
+
+    def to_toml(self) -> str:
+        """The resolved config: loading this text gives the same config."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a TOML config and apply `a.b=c` overrides (c is a TOML value, or a bare string)."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(values, override)
+    return validate(Config, values, where=str(path))
+
+
+def validate(model: type[BaseModel], values: dict[str, Any], *, where: str) -> Any:
+    """`model(**values)`, with every complaint in one UserError: file, key, what is wrong, the nearest name."""
+    try:
+        return model.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
+        lines = [_complaint(model, values, e) for e in error.errors(include_url=False)]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise UserError(f"--set {override!r}: write it as --set section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    at = values
+    for i, part in enumerate(parts[:-1]):
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(parts[: i + 1])} is not a section")
+    at[parts[-1]] = value
+
+
+def _complaint(model: type[BaseModel], values: dict[str, Any], error: Any) -> str:
+    loc = list(error["loc"])
+    key = ".".join(str(part) for part in loc)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {registry.nearest(str(loc[-1]), _fields_at(model, values, loc[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    shown = "" if isinstance(given, (dict, list, tuple)) or error["type"] == "value_error" else f" (it is {given!r})"
+    return (f"{key}: " if key else "") + message + shown
+
+
+def _fields_at(model: type[BaseModel], values: Any, loc: list[Any]) -> list[str]:
+    """The field names of the model that `loc` leads to: nested models, lists of models and plugins alike."""
+    current: Any = model
+    for part in loc:
+        values = values[part] if isinstance(values, (dict, list)) and values else {}
+        if isinstance(part, int):
+            continue
+        field = current.model_fields[part]
+        package = next((p for p in ("trainer.models", "trainer.optim") if _is_plugin(field, p)), None)
+        if package and isinstance(values, dict) and "kind" in values:
+            current = registry.load(package, values["kind"]).Config
+        else:
+            current = _model_in(field.annotation)
+    return sorted(current.model_fields)
+
+
+def _is_plugin(field: Any, package: str) -> bool:
+    found = [m.func for m in field.metadata if isinstance(m, BeforeValidator)]
+    return any(getattr(f, "__closure__", None) and f.__closure__[0].cell_contents == package for f in found)
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        if inner is not types.NoneType and (found := _model_in(inner)) is not None:
+            return found
+    return None
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: keys that are None are left out, which loads as the default None."""
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value
