@@ -1,0 +1,116 @@
+"""Evaluation and prediction: every row of a split exactly once, on all ranks."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.data.parquet import Reader
+from trainer.metrics import Metrics
+from trainer.world import World
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World, max_rows: int | None = None) -> dict:
+    """Metrics over all rows of the reader's split (or its first `max_rows`, rounded up to a batch).
+
+    Every rank reads the same number of batches, the last ones padded with weight-0 rows, so no rank waits for one
+    that has ended. Returns the dict of `Metrics.compute` with `seconds`, the same on all ranks.
+    """
+    started = time.perf_counter()
+    steps = reader.steps_per_epoch
+    if max_rows is not None:
+        steps = min(steps, -(-max_rows // reader.batch_size))
+    was_training = model.training
+    model.eval()
+    metrics.reset()
+    batches = reader.batches(epoch=0)
+    try:
+        for _ in range(steps):
+            batch = next(batches).to(world.device, non_blocking=True)
+            _, logits_BT = model(batch)
+            metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
+    finally:
+        batches.close()
+        model.train(was_training)
+    metrics.all_reduce()
+    return metrics.compute() | {"seconds": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ...], streams: int, world: World) -> dict:
+    """Write one row per row of the split, in the split's file order, to the Parquet file `out`.
+
+    Columns: row (int64), then for each task its label (float32) and prediction_<label> (float32, a probability).
+    In evaluation order a stream is a contiguous range of rows, so each stream goes to a file of its own and rank 0
+    joins them in order: memory stays that of a batch. `out` appears only when it is whole.
+    """
+    parts = out.with_name(out.name + ".partial")
+    if world.is_first:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+    dist.barrier()
+    model.eval()
+    schema = pa.schema(
+        [("row", pa.int64())]
+        + [field for task in tasks for field in ((task, pa.float32()), (f"prediction_{task}", pa.float32()))]
+    )
+    mine = streams // world.size
+    writers = [
+        pq.ParquetWriter(parts / f"stream_{world.rank * mine + i:05d}.parquet", schema, compression="zstd")
+        for i in range(mine)
+    ]
+    batches = reader.batches(epoch=0)
+    try:
+        for batch in batches:
+            _, logits_BT = model(batch.to(world.device, non_blocking=True))
+            columns = _columns(batch.row_B, batch.labels_BT, torch.sigmoid(logits_BT.float()).cpu())
+            per_stream = len(batch.row_B) // mine
+            for i, writer in enumerate(writers):
+                rows = slice(i * per_stream, (i + 1) * per_stream)
+                keep = columns[0][rows] >= 0
+                if keep.any():
+                    writer.write_table(pa.Table.from_arrays([pa.array(c[rows][keep]) for c in columns], schema=schema))
+    finally:
+        batches.close()
+        for writer in writers:
+            writer.close()
+    dist.barrier()
+    rows = _join(parts, out, schema) if world.is_first else 0
+    dist.barrier()
+    return {"out": str(out), "rows": rows}
+
+
+def _columns(row_B: Tensor, labels_BT: Tensor, predictions_BT: Tensor) -> list[Any]:
+    columns = [row_B.cpu().numpy()]
+    for t in range(labels_BT.shape[1]):
+        columns += [labels_BT[:, t].cpu().numpy(), predictions_BT[:, t].numpy()]
+    return columns
+
+
+def _join(parts: Path, out: Path, schema: pa.Schema) -> int:
+    """Concatenate the parts in name order into `out`, in row groups of a useful size; returns the rows written."""
+    whole = parts / "whole"
+    rows = 0
+    with pq.ParquetWriter(whole, schema, compression="zstd") as writer:
+        waiting: list[pa.RecordBatch] = []
+        waiting_rows = 0
+        for part in sorted(parts.glob("stream_*.parquet")):
+            for piece in pq.ParquetFile(part).iter_batches(batch_size=65536):
+                waiting.append(piece)
+                waiting_rows += piece.num_rows
+                if waiting_rows >= 65536:
+                    writer.write_table(pa.Table.from_batches(waiting, schema))
+                    rows, waiting, waiting_rows = rows + waiting_rows, [], 0
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting, schema))
+            rows += waiting_rows
+    whole.rename(out)
+    shutil.rmtree(parts)
+    return rows

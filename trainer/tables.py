@@ -1,0 +1,106 @@
+"""From config and dataset to tables: defaults, then every override whose pattern matches, the last one winning."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding.tables.base import Table
+from trainer.config import Config, TableOverride
+from trainer.data.dataset import Categorical, Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTables:
+    """tables: in the order of their first feature. rows, policy: by feature, for the reader."""
+
+    tables: tuple[Table, ...]
+    features: tuple[str, ...]  # in dataset order
+    rows: dict[str, int]
+    policy: dict[str, str]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """D of each feature, in feature order."""
+        by_feature = {f: t.dim for t in self.tables for f in t.features}
+        return tuple(by_feature[f] for f in self.features)
+
+
+def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
+    """The tables of this config on this dataset.
+
+    A feature has a table of its own name, unless an override gives several features one table: that has the rows of
+    its largest feature and must be given the same options by all of them.
+    Raises UserError when a pattern matches no feature or sharing features disagree, naming them.
+    """
+    features = dataset.feature_names
+    for i, override in enumerate(config.tables.override):
+        for pattern in _patterns(override):
+            if not any(fnmatchcase(f, pattern) for f in features):
+                raise UserError(
+                    f"tables.override[{i}].match = {pattern!r} matches no feature of dataset {dataset.name!r}; "
+                    + registry.nearest(pattern, list(features))
+                )
+    drafts: dict[str, list[tuple[Categorical, dict]]] = {}
+    for feature in dataset.categorical:
+        options = _options(config, feature)
+        drafts.setdefault(options.pop("table") or feature.name, []).append((feature, options))
+    tables = []
+    rows: dict[str, int] = {}
+    policy: dict[str, str] = {}
+    for name, members in drafts.items():
+        table = _table(name, members)
+        tables.append(table)
+        for feature, options in members:
+            rows[feature.name] = table.rows
+            policy[feature.name] = options["id_policy"]
+    return ResolvedTables(tables=tuple(tables), features=features, rows=rows, policy=policy)
+
+
+def _table(name: str, members: list[tuple[Categorical, dict]]) -> Table:
+    first_feature, first = members[0]
+    for feature, options in members[1:]:
+        for key, value in options.items():
+            if key not in ("rows", "id_policy") and value != first[key]:
+                raise UserError(
+                    f"table {name!r}: feature {feature.name!r} asks for {key} = {value!r}, "
+                    f"feature {first_feature.name!r} for {first[key]!r}; features that share a table need the same"
+                )
+    asked = {options["rows"] for _, options in members if options["rows"] is not None}
+    if len(asked) > 1:
+        raise UserError(f"table {name!r}: its features ask for {sorted(asked)} rows; give one number")
+    return Table(
+        name=name,
+        rows=asked.pop() if asked else max(feature.cardinality for feature, _ in members),
+        dim=first["dim"],
+        features=tuple(feature.name for feature, _ in members),
+        pooling=first["pooling"],
+        sharding=first["sharding"],
+        kind=first["kind"],
+        options=first["options"],
+        init_std=first["init_std"],
+    )
+
+
+def _options(config: Config, feature: Categorical) -> dict:
+    defaults = config.tables
+    options = {
+        "rows": None,
+        "dim": defaults.dim,
+        "pooling": defaults.pooling,
+        "sharding": defaults.sharding,
+        "kind": defaults.kind,
+        "options": {},
+        "id_policy": config.data.id_policy,
+        "init_std": None,
+        "table": None,
+    }
+    for override in defaults.override:
+        if any(fnmatchcase(feature.name, pattern) for pattern in _patterns(override)):
+            given = override.model_dump(exclude={"match"}, exclude_none=True)
+            options.update(given)
+    return options
+
+
+def _patterns(override: TableOverride) -> tuple[str, ...]:
+    return (override.match,) if isinstance(override.match, str) else override.match
