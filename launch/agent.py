@@ -1,0 +1,143 @@
+"""Starts the ranks of one node under torch's elastic agent, and writes down how each of them ended.
+
+`python -m launch.agent --nproc N --module trainer --job JOB.json --logs DIR --errors DIR`
+
+When a rank ends with anything but 0, the others get SIGTERM and, FAILED_GRACE_SECONDS later, SIGKILL. Then
+ERRORS/agent.json says which ranks ended first and how:
+    {"time": unix, "stopped_by": null | signal name that the agent itself got,
+     "failures": [{"rank", "exit_code", "signal": null | name, "time"}]}     ranks that the agent stopped are left out
+Exit code: 0, or 2 when every failed rank exited with 2 (the user's input), 75 likewise (stopped after a checkpoint),
+otherwise 1. Torch's own error page is not printed: `launch.failure` makes one line of it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trainer import quiet
+
+GRACE_SECONDS = 8  # to save and leave when the job is stopped; below the 10 s after which TorchX kills the agent
+FAILED_GRACE_SECONDS = 4  # for the others after a rank has failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launch.agent")
+    parser.add_argument("--nproc", type=int, required=True)
+    parser.add_argument("--module", required=True)
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--errors", type=Path, required=True)
+    args = parser.parse_args(argv)
+
+    from launch.rank import die_with_parent
+
+    die_with_parent(signal.SIGTERM)
+    quiet.install()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank it stops
+
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    context = _install_context()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=args.nproc,
+        run_id=uuid.uuid4().hex,
+        role="trainer",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=_logs_specs(args.logs),
+        shutdown_timeout=GRACE_SECONDS,
+    )
+    stopped_by = None
+    try:
+        elastic_launch(config, sys.executable)("-m", "launch.rank", args.module, args.job)
+    except ChildFailedError:
+        pass
+    except SignalException as stopped:
+        stopped_by = stopped.sigval.name
+    first = context.first
+    if not first and stopped_by is None:
+        return 0
+    failures = [
+        {"rank": rank, "exit_code": code, "signal": _signal_name(code), "time": at}
+        for rank, (code, at) in sorted(first.items(), key=lambda item: item[1][1])
+    ]
+    args.errors.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"time": time.time(), "stopped_by": stopped_by, "failures": failures}, indent=1)
+    (args.errors / "agent.json").write_text(text + "\n")
+    codes = {code for code, _ in (context.ended if stopped_by else first).values()}
+    return codes.pop() if codes in ({2}, {75}) else 1
+
+
+def _install_context() -> Any:
+    """Have torch's agent use a process context that keeps the order of deaths and does not wait 30 s for a stuck rank.
+
+    Torch gives neither as an option: `SubprocessContext._poll` calls `close()` with its default timeout.
+    """
+    import torch.distributed.elastic.multiprocessing as multiprocessing
+
+    class Context(multiprocessing.SubprocessContext):
+        # rank -> (exit code, time): of those that ended badly by themselves, and of all after they were stopped
+        first: ClassVar[dict[int, tuple[int, float]]] = {}
+        ended: ClassVar[dict[int, tuple[int, float]]] = {}
+
+        def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+            if not Context.first:
+                self._note(Context.first)
+            super()._close(death_sig, FAILED_GRACE_SECONDS if Context.first else min(timeout, GRACE_SECONDS))
+            self._note(Context.ended)
+
+        def _note(self, into: dict[int, tuple[int, float]]) -> None:
+            for local_rank, handler in self.subprocess_handlers.items():
+                code = handler.proc.poll()
+                if code:
+                    into[int(self.envs[local_rank]["RANK"])] = (code, time.time())
+
+    multiprocessing.SubprocessContext = Context
+    return Context
+
+
+def _logs_specs(folder: Path) -> Any:
+    """Each rank's stdout and stderr in FOLDER/rank_R.out and FOLDER/rank_R.err, nothing else."""
+    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+    class Logs(LogsSpecs):
+        @property
+        def root_log_dir(self) -> str:
+            return str(folder)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = {local_rank: str(folder / f"rank_{env['RANK']}") for local_rank, env in envs.items()}
+            for env in envs.values():
+                env["TORCHELASTIC_ERROR_FILE"] = ""  # the ranks write ERRORS/rank_R.json
+            return LogsDest(
+                stdouts={r: p + ".out" for r, p in paths.items()},
+                stderrs={r: p + ".err" for r, p in paths.items()},
+                error_files=dict.fromkeys(paths, os.devnull),
+                filtered_stdout=os.devnull,
+                filtered_stderr=os.devnull,
+            )
+
+    return Logs()
+
+
+def _signal_name(exit_code: int) -> str | None:
+    return signal.Signals(-exit_code).name if exit_code < 0 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

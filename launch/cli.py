@@ -1,0 +1,329 @@
+"""The `tablemesh` command. `tablemesh --help` must answer at once, so torch is imported inside the commands alone."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kernels.errors import UserError
+from trainer import quiet
+
+app = typer.Typer(
+    name="tablemesh",
+    help="Trains recommendation models whose embedding tables do not fit one device.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure a part of tablemesh beside its baseline.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Ranks to start; default: train.nproc of the config.")
+]
+Split = Annotated[str | None, typer.Option(help="train, valid or test; default: the config's final split.")]
+
+
+def main() -> None:
+    """Entry point: runs a command, turns a UserError into `error:` lines and exit code 2."""
+    quiet.install()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops us stops the ranks in good order
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print_error(str(error))
+        if as_json:
+            print_json({"error": {"rank": None, "kind": "user", "message": str(error)}})
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print_error("stopped")
+        sys.exit(1)
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="synthetic:criteo, synthetic:zipf4, criteo:PATH, or a file, folder or glob of CSV, TSV or Parquet."
+        ),
+    ],
+    dest: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
+    spec: Annotated[Path | None, typer.Option(help="TOML that says what the columns are (docs/data.md).")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Synthetic: rows to make. criteo: rows of a hashed table.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of synthetic data and of random splits.")] = None,
+    scale: Annotated[float | None, typer.Option(help="synthetic:criteo: factor on the cardinalities.")] = None,
+    valid: Annotated[
+        list[str] | None, typer.Option(help="A share such as 0.1, or a file, glob or folder; repeatable.")
+    ] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Likewise for the test split.")] = None,
+    bad_rows: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Stop when more than this share of lines is malformed.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other option as name=value (docs/data.md); repeatable.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what is at DEST.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a source into a dataset folder: Parquet files and dataset.json."""
+    from trainer import prepare as preparing
+
+    console = _console(as_json)
+    options: dict[str, Any] = {"rows": rows, "seed": seed, "scale": scale, "max_rejected": bad_rows}
+    options |= {name: _one_or_many(value) for name, value in (("valid", valid), ("test", test)) if value}
+    options |= dict(_name_and_value(text) for text in option or [])
+    if replace:
+        options["existing"] = "replace"
+    given = {name: value for name, value in options.items() if value is not None}
+    dataset = _prepare(console, source, dest, spec=spec, options=given)
+    if as_json:
+        print_json(dataset.model_dump(mode="json"))
+    else:
+        console.print(preparing.summary(dataset))
+        console.print(f"{dest}: " + ", ".join(f"{s.rows:,} {name} rows" for name, s in dataset.splits.items()))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml.")],
+    nproc: Nproc = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the config's name.")] = None,
+    scheduler: Annotated[str, typer.Option(help="Where to run: a kind in launch/schedulers/.")] = "local",
+    module: Annotated[
+        str, typer.Option(hidden=True, help="What each rank runs: `python -m MODULE JOB.json`.")
+    ] = "trainer",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, start nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model and evaluate it; prepares the data first where the config says how."""
+    from launch import follow, job, progress, rundir
+    from trainer import config as configs
+
+    console = _console(as_json)
+    overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
+    resolved = configs.load(config, overrides)
+    nproc = nproc or resolved.train.nproc
+    resolved.check_world_size(nproc)
+    starter = _scheduler(scheduler)
+    if dry_run:
+        planned = job.make(
+            name=resolved.name, action="train", run_dir=resolved.run.dir / resolved.name, nproc=nproc, module=module
+        )
+        text = starter.request(planned)
+        print_json({"request": text}) if as_json else console.print(
+            escape(text), end="", soft_wrap=True, highlight=False
+        )
+        return
+    _prepare_missing(console, resolved)
+    run_dir = rundir.create(resolved.run.dir, resolved.name)
+    (run_dir / "config.toml").write_text(resolved.to_toml())
+    work = job.make(name=run_dir.name, action="train", run_dir=run_dir, nproc=nproc, module=module)
+    started = time.time()
+    ended = follow.run(work, starter, progress.make(console))
+    if ended is not None:
+        rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, failure=ended)
+        _stop(ended, as_json, {"status": rundir.report(run_dir).get("status"), "run_dir": str(run_dir)})
+    report = rundir.report(run_dir)
+    page = run_dir / "report.html"
+    if as_json:
+        print_json(report | {"run_dir": str(run_dir), "report_html": str(page)})
+    else:
+        _print_figures(console, report)
+        console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True)
+
+
+@app.command("eval")
+def eval_(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/latest.")],
+    data: Annotated[Path | None, typer.Option(help="Another dataset folder than the run's own.")] = None,
+    split: Split = None,
+    nproc: Nproc = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a trained model on all rows of a split."""
+    result = _on_run(run, "eval", nproc, as_json, {"dataset": data, "split": split})
+    if as_json:
+        print_json(result)
+    else:
+        _print_figures(_console(False), {"eval": result, "bayes": result.get("bayes")})
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/latest.")],
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write: the labels and a prediction for each row.")],
+    split: Split = None,
+    nproc: Nproc = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained model's predictions to a Parquet file."""
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} does not exist")
+    result = _on_run(run, "predict", nproc, as_json, {"dataset": dataset, "out": out.resolve(), "split": split})
+    if as_json:
+        print_json(result)
+    else:
+        _console(False).print(f"{result.get('rows', 0):,} predictions in {out}", highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/latest.")], as_json: Json = False
+) -> None:
+    """Write a run's report.html again and print its key figures."""
+    from launch import rundir
+    from trainer import report as reports
+
+    run_dir = rundir.find(run)
+    page = reports.write_html(run_dir)
+    found = rundir.report(run_dir)
+    if as_json:
+        print_json(found | {"run_dir": str(run_dir), "report_html": str(page)})
+    else:
+        console = _console(False)
+        _print_figures(console, found)
+        console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and what is installed; exit code 1 when something has to be fixed."""
+    from launch import doctor as examination
+
+    checks = examination.examine()
+    if as_json:
+        print_json(examination.as_json(checks))
+    else:
+        examination.show(checks, _console(False))
+    if any(check.state == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+@bench.command("data")
+def bench_data(as_json: Json = False) -> None:
+    """Rows per second of prepare and of the loader, beside pyarrow's own decode of the same files."""
+    from benchmarks import data
+
+    raise typer.Exit(data.main(json=as_json) or 0)
+
+
+def print_error(message: str) -> None:
+    """`error:` and the message in red on stderr, further lines indented under it."""
+    first, *rest = message.strip().splitlines() or ["unknown"]
+    console = Console(stderr=True)
+    console.print(f"[bold red]error:[/bold red] {escape(first)}", soft_wrap=True, highlight=False)
+    for line in rest:
+        console.print(f"       {escape(line)}", soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str), flush=True)
+
+
+def _console(as_json: bool) -> Console:
+    """Where progress goes: stdout belongs to the JSON object where one was asked for."""
+    return Console(stderr=as_json)
+
+
+def _scheduler(kind: str) -> Any:
+    from kernels import registry
+
+    return registry.load("launch.schedulers", kind).Scheduler()
+
+
+def _prepare(console: Console, source: str, dest: Path, *, spec: Path | None, options: dict[str, Any]) -> Any:
+    from launch import progress
+    from trainer import prepare as preparing
+
+    display = progress.make(console)
+    try:
+        return preparing.prepare(source, dest, spec=spec, options=options, progress=display.work)
+    finally:
+        display.close()
+
+
+def _prepare_missing(console: Console, resolved: Any) -> None:
+    """Make the config's dataset where there is none and the config says how."""
+    data = resolved.data
+    if data.features is not None or (data.path / "dataset.json").exists():
+        return
+    if data.prepare is None:
+        raise UserError(
+            f"data.path = {str(data.path)!r}: no dataset there; `tablemesh prepare SOURCE {data.path}` makes one, "
+            "or data.prepare in the config says what to make it from"
+        )
+    console.print(f"preparing {data.prepare} into {data.path}", highlight=False)
+    _prepare(console, data.prepare, data.path, spec=None, options=dict(data.prepare_options))
+
+
+def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: dict[str, Any]) -> dict[str, Any]:
+    """Start the ranks of a finished run again for `eval` or `predict`; returns what rank 0 wrote."""
+    from launch import follow, job, progress, rundir
+    from trainer import config as configs
+
+    run_dir = rundir.find(run)
+    resolved = configs.load(run_dir / "config.toml")
+    nproc = nproc or resolved.train.nproc
+    resolved.check_world_size(nproc)
+    result = run_dir / f"{action}.json"
+    result.unlink(missing_ok=True)
+    given = {key: str(value) for key, value in values.items() if value is not None}
+    work = job.make(
+        name=run_dir.name, action=action, run_dir=run_dir, nproc=nproc, values=given | {"result": str(result)}
+    )
+    ended = follow.run(work, _scheduler("local"), progress.make(_console(as_json)))
+    if ended is not None:
+        _stop(ended, as_json, {"run_dir": str(run_dir)})
+    return json.loads(result.read_text())
+
+
+def _stop(ended: Any, as_json: bool, values: dict[str, Any]) -> None:
+    """Show why a job ended early and leave with its exit code."""
+    details = f"\nthe whole story: {_shown(ended.details)}" if ended.details else ""
+    print_error(ended.message + details)
+    if as_json:
+        print_json({"error": ended.as_json(), **values})
+    raise typer.Exit(ended.exit_code)
+
+
+def _print_figures(console: Console, report: dict[str, Any]) -> None:
+    from launch import figures
+
+    console.print(figures.table(report))
+
+
+def _shown(path: Path) -> str:
+    """The path as a person would type it: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _one_or_many(values: list[str]) -> str | list[str]:
+    return values[0] if len(values) == 1 else values
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise UserError(f"--set {text!r}: write it as --set name=value")
+    return name.strip(), value.strip()
+
+
+if __name__ == "__main__":
+    main()

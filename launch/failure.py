@@ -1,0 +1,133 @@
+"""Why a job failed: one readable cause out of what the ranks and their agent left behind.
+
+The ranks write ERRORS/rank_R.json ({"rank", "time", "kind", "message", "traceback"}; kind "peer" means that this rank
+only noticed another one's death), the agent writes ERRORS/agent.json (who ended first, and by which signal).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import Job
+from trainer import quiet
+
+# A signal's death is noticed up to this long after it happened, in which time other ranks may already have reported
+# the broken connection as an error of their own.
+_NOTICE_SECONDS = 1.0
+
+_LIKELY = {
+    "SIGKILL": "most likely the kernel's out-of-memory killer, or `kill -9`",
+    "SIGSEGV": "a crash in native code",
+    "SIGBUS": "a crash in native code, or /dev/shm is full",
+    "SIGABRT": "native code gave up",
+    "SIGILL": "a CPU instruction that this machine lacks",
+    "SIGFPE": "a crash in native code",
+    "SIGTERM": "something outside stopped it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """kind: user | nan | internal | signal | launch | interrupted."""
+
+    kind: str
+    message: str  # for people; may have several lines
+    rank: int | None = None
+    details: Path | None = None  # where the whole story is
+    exit_code: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """The `error` of report.json."""
+        return {"rank": self.rank, "kind": self.kind, "message": self.message}
+
+
+def clear(job: Job) -> None:
+    """Remove what an earlier job of this run folder left, so that it is not taken for this one's."""
+    for path in [*job.errors.glob("rank_*.json"), job.errors / "agent.json"]:
+        path.unlink(missing_ok=True)
+
+
+def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
+    """The cause of a job's end.
+
+    oom_kills: how many processes the kernel killed for memory while the job ran.
+    agent_output: what the agent printed, for when it could not write its own file.
+    """
+    agent = _read(job.errors / "agent.json")
+    reports = [r for path in sorted(job.errors.glob("rank_*.json")) if (r := _read(path)) is not None]
+    own = {r.get("rank"): r for r in reports if r.get("kind") != "peer"}
+    causes: list[tuple[float, Failure]] = [(r.get("time", 0.0), _of_report(job, r)) for r in own.values()]
+    failures = agent["failures"] if agent else []
+    for ended in failures:
+        if ended["signal"] and ended["rank"] not in own:
+            causes.append((ended["time"] - _NOTICE_SECONDS, _of_signal(job, ended, oom_kills)))
+    if causes:
+        return min(causes, key=lambda cause: cause[0])[1]
+    silent = [ended for ended in failures if not any(r.get("rank") == ended["rank"] for r in reports)]
+    for ended in silent or failures:
+        return _of_silent_exit(job, ended)
+    if agent and agent["stopped_by"]:
+        return Failure(kind="interrupted", message=f"stopped by {agent['stopped_by']}")
+    last = _last_lines(agent_output)
+    return Failure(
+        kind="launch",
+        message="the agent that starts the ranks ended without a word" + (f":\n{last}" if last else ""),
+        details=job.logs,
+    )
+
+
+def _of_report(job: Job, report: dict[str, Any]) -> Failure:
+    kind, rank = report.get("kind", "internal"), report.get("rank")
+    message = str(report.get("message", "")).strip() or "no message"
+    if kind == "user":
+        return Failure(kind=kind, message=message, rank=rank, exit_code=2)
+    prefix = f"rank {rank}: " if kind == "nan" else f"rank {rank} failed: "
+    return Failure(kind=kind, message=prefix + message, rank=rank, details=job.errors / f"rank_{rank}.json")
+
+
+def _of_signal(job: Job, ended: dict[str, Any], oom_kills: int) -> Failure:
+    rank, name = ended["rank"], ended["signal"]
+    likely = _LIKELY.get(name, "see the log")
+    if name == "SIGKILL" and oom_kills:
+        likely = "memory ran out (the kernel counts an out-of-memory kill); use smaller tables, batches or fewer ranks"
+    log = job.logs / f"rank_{rank}.err"
+    last = "" if name in ("SIGKILL", "SIGTERM") else _last_lines(_text(log))
+    message = f"rank {rank} was killed by {name}: {likely}" + (f"\n{last}" if last else "")
+    return Failure(kind="signal", message=message, rank=rank, details=log)
+
+
+def _of_silent_exit(job: Job, ended: dict[str, Any]) -> Failure:
+    rank, code = ended["rank"], ended["exit_code"]
+    log = job.logs / f"rank_{rank}.err"
+    if code == 75:
+        return Failure(kind="interrupted", message="stopped after a checkpoint", exit_code=75)
+    last = _last_lines(_text(log))
+    message = f"rank {rank} ended with exit code {code}" + (f":\n{last}" if last else " and printed nothing")
+    return Failure(kind="internal", message=message, rank=rank, details=log, exit_code=2 if code == 2 else 1)
+
+
+def _last_lines(text: str, count: int = 3) -> str:
+    """The last lines that say something: of a Python traceback its final line alone."""
+    lines = [line for line in text.splitlines() if line.strip() and not quiet.is_noise(line)]
+    start = max(
+        (i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), default=None
+    )
+    if start is not None:
+        lines = [line for line in lines[start + 1 :] if not line.startswith((" ", "Traceback"))]
+    return "\n".join(line.rstrip() for line in lines[-count:])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or its writer was killed in the middle
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,27 @@
+"""`python -m launch.rank MODULE JOB.json`: become `python -m MODULE JOB.json`, tied to the agent's life.
+
+The agent starts ranks in sessions of their own, so nothing would stop them if it were killed outright. The kernel's
+parent-death signal does, and it survives exec; it has to be asked for by the rank itself.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process `number` when the thread that started it ends. Only Linux has it."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), number)
+
+
+if __name__ == "__main__":
+    die_with_parent(signal.SIGKILL)
+    module, job = sys.argv[1:]
+    os.execv(sys.executable, [sys.executable, "-m", module, job])

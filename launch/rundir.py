@@ -1,0 +1,74 @@
+"""The run folder as the command line makes and closes it; the ranks fill it."""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import UserError
+from launch.failure import Failure
+
+
+def create(parent: Path, name: str) -> Path:
+    """Make parent/NAME, or NAME-2, NAME-3, ... where that exists, and point parent/latest at it."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        link = parent / "latest"
+        if link.is_symlink() or not link.exists():
+            beside = parent / f".latest-{os.getpid()}"
+            beside.symlink_to(path.name)
+            beside.replace(link)
+    except OSError as error:
+        raise UserError(f"{parent / name}: cannot make the run folder: {error.strerror}") from error
+    return path.resolve()
+
+
+def find(run: Path) -> Path:
+    """The run folder that `run` names. UserError when it is none."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder; `ls runs` shows those there are, runs/latest is the newest")
+    if not (run / "config.toml").is_file():
+        raise UserError(f"{run}: not a run folder: it has no config.toml")
+    return run.resolve()
+
+
+def report(run_dir: Path) -> dict[str, Any]:
+    """report.json as it is now; empty when there is none yet."""
+    try:
+        return json.loads((run_dir / "report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def close(run_dir: Path, *, name: str, world_size: int, started: float, failure: Failure) -> None:
+    """Write how a training run ended into report.json, unless the ranks did so themselves."""
+    found = report(run_dir)
+    if found.get("status") not in (None, "running"):
+        return
+    found |= {
+        "name": found.get("name", name),
+        "status": "interrupted" if failure.kind == "interrupted" else "failed",
+        "error": failure.as_json(),
+        "started": found.get("started", started),
+        "finished": time.time(),
+        "world_size": found.get("world_size", world_size),
+    }
+    write_json(run_dir / "report.json", found)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace the file at once: a reader sees the old text or the new."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        json.dump(value, file, indent=1)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

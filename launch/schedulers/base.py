@@ -1,0 +1,46 @@
+"""The contract of a scheduler: what starts a job somewhere and says how it goes.
+
+A kind is a module in this folder with a class `Scheduler` that has the methods below and takes no arguments. The
+command line asks for a kind by its file name and calls, in this order: `request` alone for `--dry-run`; otherwise
+`submit` once, then `status` a few times a second until it is final, and `cancel` when the user stops the run.
+The run folder (`job.run_dir`) is shared with the ranks: progress, results and errors are read from its files,
+so a scheduler reports no more than the job's state.
+"""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Protocol
+
+from launch.job import Job
+
+
+class State(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+class Scheduler(Protocol):
+    def request(self, job: Job) -> str:
+        """Exactly what `submit` would start, as text for people. Starts nothing and writes nothing."""
+
+    def submit(self, job: Job) -> str:
+        """Start the job and return its id at once. UserError when this machine lacks what the kind needs."""
+
+    def status(self, id: str) -> State:
+        """The job's state now; cheap enough to be asked ten times a second."""
+
+    def logs(self, id: str) -> Iterator[str]:
+        """What the job's agent, not its ranks, has printed so far, line by line."""
+
+    def cancel(self, id: str) -> None:
+        """Stop the job: SIGTERM to every rank, time to save (GRACE_SECONDS in launch/agent.py), then SIGKILL.
+
+        Returns when nothing of it is left, or when the scheduler has taken the order. Harmless after the end.
+        """
