@@ -1,0 +1,83 @@
+"""A task on the meta device and a plan -> a running DistributedModelParallel, in one fixed order.
+
+    1. shard       the EmbeddingBagCollection becomes its sharded form, tables allocated where the plan says
+    2. materialise everything else leaves the meta device, uninitialised
+    3. init        tables: a pure function of (seed, table, row, column); dense: of (seed, parameter name)
+    4. replicate   dense layers under DistributedDataParallel
+
+so that the values after it are the same for every plan and world size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from sharding.initial_weights import fill_shard
+from sharding.plan import AllTypesSharder, embeddings_of
+
+
+def parallelize(
+    task: nn.Module,
+    plan: ShardingPlan,
+    *,
+    device: torch.device,
+    seed: int,
+    fused_params: dict[str, Any] | None,
+    init_dense: Callable[..., None],
+) -> DistributedModelParallel:
+    """Shard `task` over the ranks of the default process group.
+
+    task: a module on the meta device, with an Embeddings inside; changed in place.
+    fused_params: the update of the tables, from the optimizer (trainer/optim/base.py); None when all tables are
+        data_parallel.
+    init_dense(module, seed=...): fills the parameters of everything outside the tables.
+    """
+    sharder = AllTypesSharder(fused_params=dict(fused_params or {}))
+    dmp = DistributedModelParallel(
+        module=task,
+        device=device,
+        plan=plan,
+        sharders=[sharder],
+        init_data_parallel=False,
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+    init_tables(dmp, seed=seed)
+    for name, child in dmp.module.named_children():
+        if name != "embeddings":
+            init_dense(child, seed=seed)
+    dmp.init_data_parallel()
+    return dmp
+
+
+@torch.no_grad()
+def init_tables(dmp: DistributedModelParallel, *, seed: int) -> None:
+    """Fill this rank's part of every table."""
+    embeddings = embeddings_of(dmp.module)
+    state = embeddings.ebc.state_dict()
+    for table in embeddings.physical:
+        weights = state[f"embedding_bags.{table.name}.weight"]
+        if isinstance(weights, ShardedTensor):
+            for shard in weights.local_shards():
+                row, column = shard.metadata.shard_offsets
+                fill_shard(shard.tensor, table, seed=seed, row=row, column=column)
+        else:
+            fill_shard(weights, table, seed=seed)
+
+
+@torch.no_grad()
+def average_buffers(dmp: DistributedModelParallel) -> None:
+    """Give every rank the mean over ranks of each floating-point buffer outside the tables: batch norm's running
+    statistics, which each rank gathers from its own rows.  Call it before an evaluation or a checkpoint."""
+    for name, child in dmp.module.named_children():
+        if name == "embeddings":
+            continue
+        for buffer in child.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()

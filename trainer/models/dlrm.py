@@ -1,0 +1,96 @@
+"""DLRM (Naumov et al., 2019): dense -> bottom MLP -> z0; dots of every pair of {z0, e_1 .. e_F}; joined with z0; top MLP.
+
+    dense_BK -> bottom -> z0_BD --+--------------------------+
+                                  +-> {z0, e_1..e_F}: dots --+-> top -> logits_BT
+    emb_BX  ----------------------+
+
+Data without dense columns has no bottom MLP: the pairs are those of the features alone, and nothing is joined to them.
+
+Shapes: B rows, K dense inputs, F features, D dim, X = F * D, T tasks, I = F (+ 1 with dense inputs) interacting vectors,
+P = I * (I - 1) / 2 pairs.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kernels.errors import UserError
+from trainer.config import Plugin, Positive
+from trainer.models.base import MLP, ModelInputs, check_top, concat, same_dims
+
+
+class Config(Plugin):
+    """bottom: widths after the dense inputs, the last one the tables' dim; unused where the data has no dense columns.
+    top: widths after the interaction; the last one is the number of labels.
+    interaction: "dot" (one dim for all tables) or "cat" (any dims, vectors side by side).
+    dropout: share of activations zeroed after each ReLU.  batch_norm: before each ReLU.
+    """
+
+    kind: str = "dlrm"
+    bottom: tuple[Positive, ...] = ()
+    top: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    interaction: Literal["dot", "cat"] = "dot"
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    batch_norm: bool = False
+
+
+def build(config: Config, inputs: ModelInputs) -> nn.Module:
+    """The module; UserError when bottom, top or the tables' dims do not fit together."""
+    check_top(config.top, inputs.tasks, key="model.top")
+    if inputs.dense and not config.bottom:
+        raise UserError(f"model.bottom is empty, but the data has {inputs.dense} dense columns; give its widths")
+    if config.interaction == "dot":
+        dim = same_dims(inputs, why='model.interaction = "dot"')
+        if inputs.dense and config.bottom[-1] != dim:
+            raise UserError(
+                f"model.bottom = {list(config.bottom)} ends in {config.bottom[-1]}, but the tables' dim is {dim} and both "
+                f'take part in the dots; make them equal, or set model.interaction = "cat"'
+            )
+        if len(inputs.dims) + bool(inputs.dense) < 2:
+            raise UserError('model.interaction = "dot" needs two vectors; with a single feature use "cat"')
+    return DLRM(config, inputs)
+
+
+class DLRM(nn.Module):
+    def __init__(self, config: Config, inputs: ModelInputs) -> None:
+        super().__init__()
+        options = {"dropout": config.dropout, "batch_norm": config.batch_norm}
+        z0 = config.bottom[-1] if inputs.dense else 0
+        self.bottom = MLP(inputs.dense, config.bottom, last_relu=True, **options) if inputs.dense else None
+        if config.interaction == "dot":
+            vectors = len(inputs.dims) + bool(inputs.dense)
+            self.interaction: nn.Module | None = Dots(vectors, inputs.dims[0])
+            width = z0 + vectors * (vectors - 1) // 2
+        else:
+            self.interaction = None
+            width = z0 + sum(inputs.dims)
+        self.top = MLP(width, config.top, last_relu=False, **options)
+
+    def forward(self, dense_BK: Tensor, emb_BX: Tensor) -> Tensor:
+        parts = [self.bottom(dense_BK)] if self.bottom is not None else []
+        if self.interaction is None:
+            return self.top(concat([*parts, emb_BX]))
+        return self.top(concat([*parts, self.interaction(concat([*parts, emb_BX]))]))
+
+
+class Dots(nn.Module):
+    """Dots of all pairs of I vectors: (B, I * D) -> (B, P), the strict lower triangle by rows.
+
+    Three vectors a, b, c give the columns  b.a, c.a, c.b.
+    """
+
+    def __init__(self, vectors: int, dim: int) -> None:
+        super().__init__()
+        self.vectors, self.dim = vectors, dim
+        # Positions in the flattened (I, I) product; made at first use, since `build` runs on the meta device.
+        self._pairs_P: Tensor | None = None
+
+    def forward(self, vectors_BX: Tensor) -> Tensor:
+        if self._pairs_P is None or self._pairs_P.device != vectors_BX.device:
+            i, j = torch.tril_indices(self.vectors, self.vectors, offset=-1, device=vectors_BX.device)
+            self._pairs_P = i * self.vectors + j
+        vectors_BID = vectors_BX.view(-1, self.vectors, self.dim)
+        dots_BII = torch.bmm(vectors_BID, vectors_BID.transpose(1, 2))
+        return dots_BII.flatten(1).index_select(1, self._pairs_P)
