@@ -39,8 +39,7 @@ def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World
     finally:
         batches.close()
         model.train(was_training)
-    metrics.all_reduce()
-    return metrics.compute() | {"seconds": time.perf_counter() - started}
+    return metrics.all_reduce().compute() | {"seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()

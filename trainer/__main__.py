@@ -1,0 +1,133 @@
+"""What each rank runs: `python -m trainer JOB.json`.
+
+JOB.json: {"action": "train" | "eval" | "predict", "run_dir"}; for eval and predict also "dataset", "split", "out" and
+"result", the file that rank 0 writes the answer to.
+On an error the rank writes errors/rank_R.json into the run folder; the command line makes one readable cause of what
+all ranks wrote.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from trainer import quiet
+
+quiet.install()
+
+from kernels.errors import UserError  # noqa: E402  (the filters must be in place before torch is imported)
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT: stop between two Python instructions of the main thread."""
+
+
+def main(job_file: str) -> int:
+    job = json.loads(Path(job_file).read_text())
+    run_dir = Path(job["run_dir"])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _run(job, run_dir)
+    except Interrupted as stopped:
+        if job["action"] == "train" and rank == 0:
+            _close_report(run_dir, error={"rank": 0, "kind": "interrupted", "message": str(stopped)})
+        return _leave(1)
+    except BaseException as error:  # whatever it is, the other ranks and the user must hear of it
+        kind, message = _classify(error)
+        _write_error(run_dir, rank, kind, message)
+        return _leave(2 if kind == "user" else 1)
+    return 0
+
+
+def _run(job: dict[str, Any], run_dir: Path) -> None:
+    import torch.distributed as dist
+
+    from trainer import config as configs
+    from trainer import report
+    from trainer.trainer import evaluate_run, predict_run, train
+    from trainer.world import World
+
+    config = configs.load(run_dir / "config.toml")
+    world = World.from_env()
+    config.check_world_size(world.size)
+    world.connect(config.run.timeout_seconds)
+    if job["action"] == "train":
+        train(config, run_dir, world)
+    else:
+        options = {key: job.get(key) for key in ("dataset", "split")}
+        if job["action"] == "eval":
+            result = evaluate_run(config, run_dir, world, **options)
+        else:
+            result = predict_run(config, run_dir, world, out=Path(job["out"]), **options)
+        if world.is_first:
+            target = Path(job["result"])
+            report.write_json(target.parent, result, name=target.name)
+    dist.destroy_process_group()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+
+def _classify(error: BaseException) -> tuple[str, str]:
+    """(kind, message) of an error: user, nan, peer or internal."""
+    from trainer.task import NonFiniteLoss
+
+    if isinstance(error, NonFiniteLoss):
+        return "nan", str(error)
+    if isinstance(error, UserError):
+        return "user", str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return "user", f"the disk is full{where}; free some space: the checkpoints that were finished are whole"
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER):
+        return "peer", text
+    return "internal", f"{type(error).__name__}: {text}"
+
+
+# What gloo and NCCL say when another rank has gone. A time-out is not among them: it is the first sign of a hung rank.
+_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "remote process exited",
+)
+
+
+def _write_error(run_dir: Path, rank: int, kind: str, message: str) -> None:
+    """errors/rank_R.json; on stderr too where it cannot be written, so that it is never lost."""
+    line = {"rank": rank, "time": time.time(), "kind": kind, "message": message, "traceback": traceback.format_exc()}
+    try:
+        (run_dir / "errors").mkdir(exist_ok=True)
+        (run_dir / "errors" / f"rank_{rank}.json").write_text(json.dumps(line, indent=1))
+    except OSError:
+        print(f"rank {rank}: {message}", file=sys.stderr)
+
+
+def _close_report(run_dir: Path, *, error: dict[str, Any]) -> None:
+    from trainer import report
+
+    found = report.read(run_dir)
+    if found.get("status") == "running":
+        report.write_json(run_dir, found | {"status": "interrupted", "error": error, "finished": time.time()})
+        report.write_html(run_dir)
+
+
+def _leave(code: int) -> int:
+    """End at once: a normal exit would wait for threads and collectives whose other side may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

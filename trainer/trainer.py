@@ -1,0 +1,402 @@
+"""Build a run and train it: the whole loop.
+
+train(config, run_dir, world)              what `tablemesh train` runs on every rank
+evaluate_run, predict_run                  a trained run again, on any dataset with its columns
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding.embeddings import build_embeddings
+from sharding.parallelize import parallelize
+from sharding.plan import describe, make_plan
+from trainer import checkpoint, report
+from trainer.config import Config
+from trainer.data.batch import Batch
+from trainer.data.dataset import Dataset
+from trainer.data.parquet import Reader, open_dataset
+from trainer.evaluate import evaluate, predict
+from trainer.metrics import Metrics, StepTimer, peak_memory_bytes
+from trainer.models.base import ModelInputs, init_dense
+from trainer.optim.base import build_optimizer, fused_params, plugin
+from trainer.pipeline import Pipeline, build_pipeline
+from trainer.runlog import RunLog
+from trainer.tables import ResolvedTables, resolve
+from trainer.task import TrainTask
+from trainer.world import World
+
+WARM_UP_STEPS = 3  # left out of step times: buffers are made and pipelines fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A sharded model and what belongs to it, the same in training, evaluation and prediction."""
+
+    config: Config
+    dataset: Dataset
+    folder: Path  # of the dataset
+    tables: ResolvedTables
+    model: nn.Module  # DistributedModelParallel over a TrainTask
+    optimizer: Any
+    plan: dict[str, Any]  # plan.json
+    world: World
+
+    def reader(self, split: str, *, batch_size: int, shuffle: bool) -> Reader:
+        data = self.config.data
+        return Reader(
+            self.folder,
+            self.dataset,
+            split,
+            batch_size=batch_size,
+            streams=data.streams,
+            seed=self.config.seed,
+            shuffle_window=data.shuffle_window,
+            shuffle=shuffle,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            rows_by_feature=self.tables.rows,
+            id_policy=self.tables.policy,
+            table_by_feature={f: t.name for t in self.tables.tables for f in t.features},
+            threads=data.threads,
+            prefetch=data.prefetch,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def eval_reader(self, split: str) -> Reader:
+        return self.reader(split, batch_size=self.config.eval.batch_size or self.config.train.batch_size, shuffle=False)
+
+    def metrics(self) -> Metrics:
+        return Metrics(self.dataset.labels, self.world.device)
+
+    def state(self, *, with_optimizer: bool) -> dict[str, Any]:
+        """What a checkpoint holds: tables and dense weights, and the optimizer's state by parameter name."""
+        state = {"model": self.model.state_dict()}
+        return state | {"optimizer": self.optimizer.state_dict()} if with_optimizer else state
+
+
+def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built:
+    """Tables -> model on the meta device -> plan -> sharded model with its initial weights -> optimizer."""
+    tables = resolve(config, dataset)
+    inputs = ModelInputs(
+        dense=len(dataset.dense), dims=tables.dims, tasks=len(dataset.labels), features=tables.features
+    )
+    with torch.device("meta"):
+        net = registry.load("trainer.models", config.model.kind).build(config.model, inputs)
+    task = TrainTask(
+        build_embeddings(tables=tables.tables, features=tables.features),
+        net,
+        world_size=world.size,
+        device=world.device,
+        loss=config.train.loss,
+        task_weights=config.train.task_weights,
+        bf16=config.train.precision == "bf16",
+        dense_names=[d.name for d in dataset.dense],
+    )
+    plan = make_plan(
+        task,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        device=world.device,
+        batch_size=config.train.batch_size // world.size,
+        ids_per_bag={c.name: c.stats.ids_per_bag for c in dataset.categorical if c.stats},
+    )
+    sparse = config.optim.sparse
+    described = describe(
+        plan,
+        task,
+        world_size=world.size,
+        state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim),
+    )
+    model = parallelize(
+        task,
+        plan,
+        device=world.device,
+        seed=config.seed,
+        fused_params=fused_params(config.optim, device=world.device),
+        init_dense=init_dense,
+    )
+    return Built(
+        config=config,
+        dataset=dataset,
+        folder=folder,
+        tables=tables,
+        model=model,
+        optimizer=build_optimizer(config.optim, model),
+        plan=described,
+        world=world,
+    )
+
+
+def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
+    """Train to the end and evaluate; the run folder is then as docs/architecture.md lists it. Returns the report."""
+    log = RunLog(run_dir, enabled=world.is_first, tensorboard=config.run.tensorboard)
+    started = time.time()
+    log.event("phase", name="building")
+    dataset = open_dataset(config.data.path, config.data.features)
+    built = build(config, dataset, config.data.path, world)
+    reader = built.reader("train", batch_size=config.train.batch_size, shuffle=True)
+    during, final = eval_splits(config, dataset)
+    steps_total = config.train.max_steps or reader.steps_per_epoch * config.train.epochs
+    result = _first_report(built, run_dir, started) | {"status": "running"}
+    if world.is_first:
+        report.write_json(run_dir, result)
+        report.write_json(run_dir, built.plan, name="plan.json")
+    bayes = dataset.bayes.get(final or "")
+    log.event(
+        "start",
+        run=run_dir.name,
+        world_size=world.size,
+        device=str(world.device.type),
+        steps_total=steps_total,
+        steps_per_epoch=reader.steps_per_epoch,
+        epochs=-(-steps_total // reader.steps_per_epoch),
+        batch_size=config.train.batch_size,
+        train_rows=reader.rows,
+        tables=len(built.tables.tables),
+        table_bytes=sum(t["bytes"] for t in built.plan["tables"]),
+        bayes=bayes.model_dump() if bayes else None,
+    )
+
+    pipeline = build_pipeline(
+        config.train.pipeline,
+        built.model,
+        built.optimizer,
+        device=world.device,
+        schedule=config.optim.schedule,
+        clip=config.optim.clip_grad_norm,
+    )
+    total, window = StepTimer(), StepTimer()
+    window_metrics, eval_metrics = built.metrics(), built.metrics()
+    during_reader = built.eval_reader(during) if during and config.eval.every else None
+    final_reader = built.eval_reader(final) if final else None
+    samples, evaluated = 0, None
+    built.model.train()
+    log.event("phase", name="training")
+    batches = _endless(reader)
+    try:
+        for step in range(1, steps_total + 1):
+            tick = time.perf_counter()
+            _, logits_BT, batch = pipeline.step(batches)
+            window_metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
+            seconds, samples = time.perf_counter() - tick, samples + batch.rows_in_step
+            for timer in (total, window) if step > WARM_UP_STEPS or steps_total <= WARM_UP_STEPS else ():
+                timer.add(seconds=seconds, samples=batch.rows_in_step, phases=_seconds(pipeline))
+
+            if step % config.train.log_every == 0 or step == steps_total:
+                _log_train(log, built, step, samples, reader.steps_per_epoch, window, window_metrics)
+            if during_reader and step % config.eval.every == 0 and step < steps_total:
+                with pipeline.paused():
+                    _log_eval(log, built, step, during, during_reader, eval_metrics, max_rows=config.eval.max_rows)
+            if config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < steps_total:
+                with pipeline.paused():
+                    _save(log, built, run_dir, step, samples, reader.steps_per_epoch)
+    finally:
+        batches.close()
+
+    with pipeline.paused():
+        _save(log, built, run_dir, steps_total, samples, reader.steps_per_epoch)
+        if final_reader:
+            evaluated = _log_eval(log, built, steps_total, final, final_reader, eval_metrics, final_one=True)
+    result |= {
+        "status": "finished",
+        "finished": time.time(),
+        "samples_seen": samples,
+        "steps": steps_total,
+        "train": total.summary(),
+        "eval": {"split": final, **evaluated} if evaluated else None,
+        "bayes": bayes.model_dump() if bayes else None,
+        "memory": _memory(world),
+    }
+    log.event("end", status="finished", seconds=time.time() - started)
+    log.close()
+    if world.is_first:
+        report.write_json(run_dir, result)
+        report.write_html(run_dir)
+    return result
+
+
+def evaluate_run(config: Config, run_dir: Path, world: World, *, dataset: str | None, split: str | None) -> dict:
+    """Metrics of the run's newest checkpoint on a split, with the best possible ones where the data knows them."""
+    built = _restored(config, run_dir, world, dataset)
+    split = split or eval_splits(config, built.dataset)[1] or "train"
+    figures = evaluate(built.model, built.eval_reader(split), built.metrics(), world=world)
+    bayes = built.dataset.bayes.get(split)
+    return {
+        "run": run_dir.name,
+        "dataset": str(built.folder),
+        "split": split,
+        **figures,
+        "bayes": bayes.model_dump() if bayes else None,
+    }
+
+
+def predict_run(config: Config, run_dir: Path, world: World, *, dataset: str, split: str | None, out: Path) -> dict:
+    """Predictions of the run's newest checkpoint for every row of a split, in a Parquet file."""
+    built = _restored(config, run_dir, world, dataset)
+    split = split or eval_splits(config, built.dataset)[1] or "train"
+    tasks, streams = built.dataset.labels, config.data.streams
+    return predict(built.model, built.eval_reader(split), out, tasks=tasks, streams=streams, world=world) | {
+        "split": split
+    }
+
+
+def eval_splits(config: Config, dataset: Dataset) -> tuple[str | None, str | None]:
+    """(split evaluated during training, split evaluated at the end); None where the dataset has neither.
+
+    UserError for a split that the config names and the dataset lacks.
+    """
+    for asked in (config.eval.split, config.eval.final_split):
+        if asked is not None:
+            dataset.split(asked)
+    there = [s for s in ("valid", "test") if s in dataset.splits and dataset.splits[s].rows]
+    during = config.eval.split or (there[0] if there else None)
+    final = config.eval.final_split or (there[-1] if there else None)
+    return during, final
+
+
+def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) -> Built:
+    """The model of a run with the weights of its newest checkpoint, on the run's dataset or another of its columns."""
+    newest = checkpoint.newest(run_dir)
+    trained_on = open_dataset(config.data.path, config.data.features)
+    folder = Path(dataset) if dataset else config.data.path
+    other = trained_on
+    if dataset and folder.resolve() != config.data.path.resolve():
+        other = open_dataset(folder, config.data.features)
+        _check_columns(trained_on, other)
+    built = build(config, trained_on, folder, world)
+    checkpoint.load(newest, built.state(with_optimizer=False))
+    return Built(**{**vars(built), "dataset": other})
+
+
+def _check_columns(trained_on: Dataset, other: Dataset) -> None:
+    """UserError unless `other` has the columns that the model was trained on, in the same order."""
+    for what, ours, theirs in (
+        ("labels", trained_on.labels, other.labels),
+        ("dense columns", tuple(d.name for d in trained_on.dense), tuple(d.name for d in other.dense)),
+        ("features", trained_on.feature_names, other.feature_names),
+    ):
+        if ours != theirs:
+            odd = sorted(set(ours) ^ set(theirs)) or "the order"
+            raise UserError(
+                f"dataset {other.name!r} has other {what} than {trained_on.name!r}, on which the run was trained "
+                f"(they differ in {odd}); prepare it with the same spec"
+            )
+
+
+def _endless(reader: Reader) -> Iterator[Batch]:
+    """The reader's epochs one after the other, so that the pipeline does not run dry between them."""
+    epoch = 0
+    while True:
+        with reader.batches(epoch) as batches:
+            yield from batches
+        epoch += 1
+
+
+def _seconds(pipeline: Pipeline) -> dict[str, float]:
+    return {name: ms / 1e3 for name, ms in pipeline.phases_ms.items() if ms is not None and name != "other"}
+
+
+def _log_train(
+    log: RunLog, built: Built, step: int, samples: int, steps_per_epoch: int, timer: StepTimer, metrics: Metrics
+) -> None:
+    figures = metrics.all_reduce().compute()
+    metrics.reset()
+    summary = timer.summary()
+    timer.reset()
+    log.event(
+        "train",
+        epoch=(step - 1) // steps_per_epoch,
+        step=step,
+        samples=samples,
+        loss=sum(task["logloss"] or 0.0 for task in figures["tasks"].values()),
+        **{key: figures[key] for key in ("ne", "auc", "calibration")},
+        lr_factor=built.config.optim.schedule.factor(step - 1),
+        samples_per_second=summary["samples_per_second"],
+        step_ms_p50=summary["step_ms"]["p50"],
+        data_wait_ms=summary["phases_ms"].get("data_wait"),
+        memory_bytes=peak_memory_bytes(built.world.device),
+    )
+
+
+def _log_eval(
+    log: RunLog,
+    built: Built,
+    step: int,
+    split: str,
+    reader: Reader,
+    metrics: Metrics,
+    *,
+    max_rows: int | None = None,
+    final_one: bool = False,
+) -> dict[str, Any]:
+    log.event("phase", name="evaluating")
+    figures = evaluate(built.model, reader, metrics, world=built.world, max_rows=max_rows)
+    shown = {k: v for k, v in figures.items() if k not in ("tasks", "calibration_bins")}
+    log.event("eval", step=step, split=split, final=final_one, **shown)
+    log.event("phase", name="training")
+    return figures
+
+
+def _save(log: RunLog, built: Built, run_dir: Path, step: int, samples: int, steps_per_epoch: int) -> None:
+    log.event("phase", name="saving")
+    position = checkpoint.Position(
+        step=step,
+        epoch=step // steps_per_epoch,
+        samples=samples,
+        world_size=built.world.size,
+        config_sha256=built.config.sha256(),
+        data_fingerprint=built.dataset.fingerprint,
+    )
+    path, size, seconds = checkpoint.save(
+        run_dir / "checkpoints",
+        built.state(with_optimizer=True),
+        position,
+        keep=built.config.train.keep_checkpoints,
+    )
+    log.event("checkpoint", step=step, path=str(path.relative_to(run_dir)), seconds=seconds, bytes=size)
+    log.event("phase", name="training")
+
+
+def _memory(world: World) -> dict[str, Any]:
+    peaks: list[int] = [0] * world.size
+    dist.all_gather_object(peaks, peak_memory_bytes(world.device))
+    return {"peak_bytes": max(peaks), "per_rank": peaks}
+
+
+def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]:
+    """What is known of a run before its first step."""
+    dataset = built.dataset
+    return {
+        "name": run_dir.name,
+        "error": None,
+        "started": started,
+        "world_size": built.world.size,
+        "device": built.world.device.type,
+        "dataset": {
+            "name": dataset.name,
+            "source": dataset.source,
+            "splits": {name: split.rows for name, split in dataset.splits.items()},
+            "features": [c.model_dump(mode="json") for c in dataset.categorical],
+            "dense": [d.model_dump(mode="json") for d in dataset.dense],
+        },
+        "kernels": {
+            "embedding_bag": {
+                "backend": "fbgemm",
+                "why": "TorchRec's fused compute kernel is FBGEMM's table-batched embedding, with the optimizer in its "
+                "backward; data-parallel tables use its dense kernel",
+            }
+        },
+        "versions": report.versions(),
+        "hardware": report.hardware(),
+        "config_sha256": built.config.sha256(),
+        "data_fingerprint": dataset.fingerprint,
+    }
