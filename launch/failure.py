@@ -94,7 +94,7 @@ def _of_signal(job: Job, ended: dict[str, Any], oom_kills: int) -> Failure:
     log = job.logs / f"rank_{rank}.err"
     last = "" if name in ("SIGKILL", "SIGTERM") else _last_lines(_text(log))
     message = f"rank {rank} was killed by {name}: {likely}" + (f"\n{last}" if last else "")
-    return Failure(kind="signal", message=message, rank=rank, details=log)
+    return Failure(kind="signal", message=message, rank=rank, details=log if _text(log) else job.logs)
 
 
 def _of_silent_exit(job: Job, ended: dict[str, Any]) -> Failure:

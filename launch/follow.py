@@ -30,6 +30,7 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
     kills = machine.oom_kills()
     events = Lines(job.run_dir / "metrics.jsonl", from_end=True)
     output = Output(job, display)
+    display.event({"event": "phase", "name": f"starting {job.nproc} {'rank' if job.nproc == 1 else 'ranks'}"})
     id = scheduler.submit(job)
     final = False
     try:
@@ -46,7 +47,7 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
         final = True
         _show(events, display)
         saved = failure.explain(job).exit_code == 75
-        word = "stopped after a checkpoint; the run can go on from there" if saved else "stopped by Ctrl-C"
+        word = "stopped after a checkpoint; the run can go on from there" if saved else "stopped by Ctrl-C or SIGTERM"
         return Failure(kind="interrupted", message=word, exit_code=75 if saved else 1)
     finally:
         if not final:

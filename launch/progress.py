@@ -206,11 +206,14 @@ def _seconds_left(event: Event, steps_total: int) -> float | None:
 
 def _start_line(event: Event) -> str:
     ranks = event.get("world_size", 1)
-    parts = [str(event.get("run", "")), f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {event.get('device', 'cpu')}"]
+    first = [str(event.get("run", "")), f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {event.get('device', 'cpu')}"]
     if event.get("tables"):
-        parts.append(f"{event['tables']} tables, {size(event.get('table_bytes') or 0)}")
-    if event.get("train_rows"):
-        parts.append(f"{event['train_rows']:,} rows x {event.get('epochs', 1)}, batch {event.get('batch_size', 0):,}")
+        first.append(f"{event['tables']} tables, {size(event.get('table_bytes') or 0)}")
     if event.get("bayes"):
-        parts.append(f"best possible AUC {event['bayes']['auc']:.4f}")
-    return "  ·  ".join(parts)
+        first.append(f"best possible AUC {event['bayes']['auc']:.4f}")
+    lines = [first]
+    if event.get("train_rows"):
+        epochs = event.get("epochs", 1)
+        rows = f"{event['train_rows']:,} rows" + (f" x {epochs} epochs" if epochs > 1 else "")
+        lines.append([f"  {rows} in {event.get('steps_total', 0):,} steps of {event.get('batch_size', 0):,}"])
+    return "\n".join("  ·  ".join(parts) for parts in lines)

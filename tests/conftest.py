@@ -1,0 +1,13 @@
+"""Settings of every test: one thread a process, quiet libraries, hypothesis without a clock, a seed or a database."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two workers share the cores
+
+from hypothesis import settings
+
+from trainer import quiet
+
+quiet.install()
+settings.register_profile("tablemesh", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("tablemesh")
