@@ -75,7 +75,9 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_the_reader_of_trees():
-    tree = "trainer/      # what\n  config.py   # one\n  models/{dlrm,dcn}.py\n  data/\n    batch.py\ndocs/   # three\na.md b.md"
+    tree = (
+        "trainer/  # what\n  config.py  # one\n  models/{dlrm,dcn}.py\n  data/\n    batch.py\ndocs/  # three\na.md b.md"
+    )
     assert paths(tree) == [
         "trainer",
         "trainer/config.py",

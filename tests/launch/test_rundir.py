@@ -1,0 +1,53 @@
+import json
+import os
+
+import pytest
+
+from kernels.errors import UserError
+from launch import rundir
+from launch.failure import Failure
+
+
+def test_a_taken_name_gets_a_number_and_latest_follows(tmp_path):
+    made = [rundir.create(tmp_path / "runs", "a") for _ in range(3)]
+    assert [path.name for path in made] == ["a", "a-2", "a-3"]
+    latest = tmp_path / "runs/latest"
+    assert latest.is_symlink() and os.readlink(latest) == "a-3"
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["a", "a-2", "a-3", "latest"]
+
+
+def test_a_folder_named_latest_is_left_alone(tmp_path):
+    (tmp_path / "latest").mkdir()
+    rundir.create(tmp_path, "a")
+    assert not (tmp_path / "latest").is_symlink()
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run folder"):
+        rundir.create(tmp_path / "file" / "runs", "a")
+
+
+def test_find(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        rundir.find(tmp_path / "a")
+    with pytest.raises(UserError, match=r"no config\.toml"):
+        rundir.find(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    assert rundir.find(tmp_path) == tmp_path.resolve()
+
+
+def test_close_completes_a_report_that_the_ranks_left_running(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"status": "running", "steps": 7, "name": "a"}))
+    ended = Failure(kind="signal", message="rank 1 was killed", rank=1)
+    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=ended)
+    report = rundir.report(tmp_path)
+    assert (report["status"], report["steps"], report["world_size"]) == ("failed", 7, 2)
+    assert report["error"] == {"rank": 1, "kind": "signal", "message": "rank 1 was killed"}
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_close_keeps_what_the_ranks_wrote(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted"}))
+    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=Failure(kind="internal", message="x"))
+    assert rundir.report(tmp_path) == {"status": "interrupted"}
