@@ -3,7 +3,7 @@
     build_embeddings(tables=..., features=...) -> Embeddings      on the meta device
     Embeddings.forward(ids: KJT) -> emb_BX                        one pooled vector per feature, in feature order
 
-    ids -> id map -> EmbeddingBagCollection (sharded: all-to-all, fused look-up, all-to-all) -> combine -> mean -> emb_BX
+    ids -> id map -> EmbeddingBagCollection (all-to-all, fused look-up, all-to-all) -> combine -> mean -> emb_BX
 
 Every table is lowered by its kind (sharding/tables/base.py) to physical tables of one EmbeddingBagCollection.  What
 stands before and after it is written so that TrainPipelineSparseDist's tracing finds the collection and starts its

@@ -1,6 +1,6 @@
 """Which rank holds which part of which table: from tables to TorchRec's ShardingPlan, and to plan.json.
 
-    make_plan(task, ...) -> ShardingPlan        tables with an explicit `sharding` follow it, "auto" ones TorchRec's planner
+    make_plan(task, ...) -> ShardingPlan        a table with an explicit `sharding` has it, "auto" is TorchRec's choice
     describe(plan, task, ...) -> dict           the plan as plan.json has it
 
 The seven sharding types, for a table of E rows and D columns on W ranks, L of them on each of W / L hosts:
@@ -13,10 +13,11 @@ The seven sharding types, for a table of E rows and D columns on W ranks, L of t
     table_column_wise   columns in parts on the ranks of one host
     grid_shard          columns in W / L parts, one per host, and each by rows in L parts over its ranks
 
-A column part has at least 4 columns, and a multiple of 4 (FBGEMM's rule).
+A column part has at least 4 columns, and a multiple of 4 (FBGEMM's rule).  A row part has at least one row: FBGEMM's
+CPU kernel takes a part without rows for a feature of the next table, with that table's dim wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ from sharding import topology
 from sharding.embeddings import Embeddings, stored_dim
 from sharding.tables.base import SHARDING_TYPES, Table
 
-# What "auto" may become.  Not data_parallel, whose gradient is as large as the table, and not grid_shard, which TorchRec
-# does not propose on its own.
+# What "auto" may become.  Not data_parallel, whose gradient is as large as the table, and not grid_shard, which
+# TorchRec does not propose on its own.
 AUTO_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise")
 MIN_COLUMNS = 4
 RESERVED_SHARE = 0.15  # of each rank's memory, kept free of tables: activations, ids on their way, the dense layers
@@ -75,6 +76,7 @@ def make_plan(
 
     def plan() -> ShardingPlan:
         embeddings = embeddings_of(task)
+        _check_rows(embeddings.physical, world_size, local_world_size)
         constraints = {
             t.name: _constraints(t, world_size, local_world_size, ids_per_bag or {}) for t in embeddings.physical
         }
@@ -174,11 +176,36 @@ def _constraints(
     table: Table, world_size: int, local_world_size: int, ids_per_bag: Mapping[str, float]
 ) -> ParameterConstraints:
     auto = table.sharding == "auto"
+    types = AUTO_TYPES if auto else (table.sharding,)
     return ParameterConstraints(
-        sharding_types=list(AUTO_TYPES if auto else (table.sharding,)),
+        sharding_types=[t for t in types if _ranks_without_rows(table, t, world_size, local_world_size) == 0],
         min_partition=None if auto else _columns_per_shard(table, world_size, local_world_size),
         pooling_factors=[max(1e-3, float(ids_per_bag.get(f, 1.0))) for f in table.features],
     )
+
+
+def _row_parts(sharding: str, world_size: int, local_world_size: int) -> int:
+    by_host = ("table_row_wise", "grid_shard")
+    return world_size if sharding == "row_wise" else local_world_size if sharding in by_host else 1
+
+
+def _ranks_without_rows(table: Table, sharding: str, world_size: int, local_world_size: int) -> int:
+    """Parts that get no row, all the parts before the last having ceil(E / parts): 9 rows in 4 parts are 3 3 3 0."""
+    parts = _row_parts(sharding, world_size, local_world_size)
+    return parts - -(-table.rows // -(-table.rows // parts))
+
+
+def _check_rows(tables: Sequence[Table], world_size: int, local_world_size: int) -> None:
+    few = [t for t in tables if _ranks_without_rows(t, t.sharding, world_size, local_world_size)]
+    if few:
+        parts = _row_parts(few[0].sharding, world_size, local_world_size)
+        names = ", ".join(f'"{t.name}"' for t in few)
+        counts = ", ".join(str(t.rows) for t in few)
+        raise UserError(
+            f"sharding = {few[0].sharding!r} would cut {len(few)} tables into {parts} parts of which some have no row: "
+            f"{names} ({counts} rows); give them another sharding in the config, such as\n"
+            f'[[tables.override]]\nmatch = [{names}]\nsharding = "table_wise"'
+        )
 
 
 def _columns_per_shard(table: Table, world_size: int, local_world_size: int) -> int | None:
@@ -198,9 +225,9 @@ def _columns_per_shard(table: Table, world_size: int, local_world_size: int) -> 
     fits = [c for c in range(MIN_COLUMNS, columns + 1, MIN_COLUMNS) if columns % c == 0 and columns // c <= parts]
     if parts > 1 and fits[0] == columns:
         raise UserError(
-            f"table {table.name!r}: sharding = {table.sharding!r} on {world_size} ranks ({local_world_size} a host) would "
-            f"cut its dim {table.dim} into parts, but a part has a multiple of {MIN_COLUMNS} columns, so that there is "
-            f'only one; use a larger dim (a multiple of {2 * MIN_COLUMNS}), or "table_wise" or "row_wise"'
+            f"table {table.name!r}: sharding = {table.sharding!r} on {world_size} ranks ({local_world_size} a host) "
+            f"would cut its dim {table.dim} into parts, but a part has a multiple of {MIN_COLUMNS} columns, so that "
+            f'there is only one; use a dim that is a multiple of {2 * MIN_COLUMNS}, or "table_wise" or "row_wise"'
         )
     return fits[0]
 

@@ -3,18 +3,20 @@
 Shapes: B rows, K dense inputs, F features, D dim, T tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from kernels import registry
 from sharding.embeddings import build_embeddings
 from sharding.initial_weights import full_table
 from sharding.parallelize import parallelize
-from sharding.plan import has_fused_tables, make_plan
+from sharding.plan import embeddings_of, has_fused_tables, make_plan
 from sharding.tables.base import Table
 from trainer.config import Optim, Plugin
 from trainer.data.batch import Batch
@@ -47,8 +49,6 @@ def build_sharded(
     task_weights: Sequence[float] | None = None,
 ) -> Any:
     """A pipeline over the sharded model, in the process group that is up."""
-    from kernels import registry
-
     world = dist.get_world_size()
     with torch.device("meta"):
         net = registry.load("trainer.models", model.kind).build(
@@ -86,8 +86,6 @@ class PlainModel(nn.Module):
         task_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        from kernels import registry
-
         self.features = list(features)
         self.table_of = {f: t for t in tables for f in t.features}
         self.weights = nn.ParameterDict({t.name: nn.Parameter(full_table(t, seed=seed)) for t in tables})
@@ -161,11 +159,12 @@ def part(batch: Batch, rank: int, world_size: int) -> Batch:
     rows = len(batch.weight_B) // world_size
     mine = slice(rank * rows, (rank + 1) * rows)
     bags = batch.ids.to_dict()
-    values = [bags[k].values()[bags[k].offsets()[mine.start] : bags[k].offsets()[mine.stop]] for k in batch.ids.keys()]
-    lengths = [bags[k].lengths()[mine] for k in batch.ids.keys()]
+    keys = batch.ids.keys()
+    values = [bags[k].values()[bags[k].offsets()[mine.start] : bags[k].offsets()[mine.stop]] for k in keys]
+    lengths = [bags[k].lengths()[mine] for k in keys]
     return Batch(
         dense_BK=batch.dense_BK[mine],
-        ids=KeyedJaggedTensor(keys=batch.ids.keys(), values=torch.cat(values), lengths=torch.cat(lengths)),
+        ids=KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths)),
         labels_BT=batch.labels_BT[mine],
         weight_B=batch.weight_B[mine],
         row_B=batch.row_B[mine],
@@ -209,3 +208,31 @@ def train_plain(model: PlainModel, optim: Optim, batches: Sequence[Batch]) -> li
             optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def table_shards(dmp: nn.Module) -> list[tuple[str, int, int, Tensor]]:
+    """(table, first row, first column, values) of every part of a table on this rank, the values not copied."""
+    found = []
+    for name, weights in embeddings_of(dmp.module).ebc.state_dict().items():
+        table = name.split(".")[1]
+        if isinstance(weights, ShardedTensor):
+            found += [(table, *s.metadata.shard_offsets, s.tensor) for s in weights.local_shards()]
+        else:
+            found.append((table, 0, 0, weights))
+    return found
+
+
+def set_tables(dmp: nn.Module, tables: Mapping[str, Tensor]) -> None:
+    """Put the whole (E, D) tables into this rank's shards; padding columns become zero."""
+    for name, row, column, shard in table_shards(dmp):
+        whole = nn.functional.pad(tables[name], (0, 8))
+        shard.copy_(whole[row : row + shard.shape[0], column : column + shard.shape[1]])
+
+
+def whole_tables(tables: Sequence[Table], shards_by_rank: Sequence[Sequence[tuple[str, int, int, Tensor]]]) -> dict:
+    """Table name -> (E, D), put together from the `table_shards` of all ranks."""
+    whole = {t.name: torch.full((t.rows, t.dim + 8), torch.nan) for t in tables}
+    for shards in shards_by_rank:
+        for name, row, column, shard in shards:
+            whole[name][row : row + shard.shape[0], column : column + shard.shape[1]] = shard
+    return {t.name: whole[t.name][:, : t.dim] for t in tables}

@@ -9,6 +9,7 @@ raises fails the test with that rank's traceback, and the others are killed.
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -37,12 +38,14 @@ def run_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     results = context.Queue()
+    # Pickled here and not by multiprocessing, which would pass tensors as shared memory of a rank that is gone by then.
+    work = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
             context.Process(
                 target=_rank,
-                args=(results, store, rank, world_size, local_world_size or world_size, fn, args),
+                args=(results, store, rank, world_size, local_world_size or world_size, work),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -71,13 +74,11 @@ def _gather(results: Any, ranks: list[Any], deadline: float) -> list[Any]:
             assert time.monotonic() < deadline, f"ranks {missing} of {len(ranks)} did not finish in time"
             continue
         assert error is None, f"rank {rank} of {len(ranks)} failed:\n{error}"
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[r] for r in range(len(ranks))]
 
 
-def _rank(
-    results: Any, store: str, rank: int, world_size: int, local_size: int, fn: Callable[..., Any], args: tuple
-) -> None:
+def _rank(results: Any, store: str, rank: int, world_size: int, local_size: int, work: bytes) -> None:
     import torch
     import torch.distributed as dist
 
@@ -96,7 +97,8 @@ def _rank(
             world_size=world_size,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
         )
-        value = fn(*args)
+        fn, args = pickle.loads(work)
+        value = pickle.dumps(fn(*args))
         dist.barrier()
         dist.destroy_process_group()
         results.put((rank, None, value))

@@ -102,8 +102,9 @@ def check_top(top: Sequence[int], tasks: int, *, key: str) -> None:
 def init_dense(module: nn.Module, *, seed: int) -> None:
     """Fill every parameter of `module` as a pure function of (seed, the parameter's name, its shape).
 
-    Linear as in the reference DLRM, for a layer from n to m: weight ~ N(0, 2 / (m + n)), bias ~ N(0, 1 / m).  BatchNorm1d
-    starts as the identity.  Drawn on the CPU, so that every device and every rank gets the same numbers.
+    Linear as in the reference DLRM, for a layer from n to m: weight ~ N(0, 2 / (m + n)), bias ~ N(0, 1 / m) (the second
+    number is the variance).  BatchNorm1d starts as the identity.  Drawn on the CPU, so that every device and every rank
+    gets the same numbers.
     """
     for name, child in module.named_modules():
         generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))

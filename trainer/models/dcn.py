@@ -1,4 +1,4 @@
-"""DCNv2 with low rank, as in MLPerf's DLRM-DCNv2: dense -> bottom MLP; joined with the features' vectors; cross; top MLP.
+"""DCNv2 with low rank, as in MLPerf's DLRM-DCNv2: bottom MLP, joined with the features' vectors; cross; top MLP.
 
     dense_BK -> bottom -> z0 --+
                                +-- x0_BX -> cross layers -> top -> logits_BT

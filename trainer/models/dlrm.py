@@ -1,4 +1,4 @@
-"""DLRM (Naumov et al., 2019): dense -> bottom MLP -> z0; dots of every pair of {z0, e_1 .. e_F}; joined with z0; top MLP.
+"""DLRM (Naumov et al., 2019): bottom MLP -> z0; dots of every pair of {z0, e_1 .. e_F}, joined with z0; top MLP.
 
     dense_BK -> bottom -> z0_BD --+--------------------------+
                                   +-> {z0, e_1..e_F}: dots --+-> top -> logits_BT
@@ -6,8 +6,8 @@
 
 Data without dense columns has no bottom MLP: the pairs are those of the features alone, and nothing is joined to them.
 
-Shapes: B rows, K dense inputs, F features, D dim, X = F * D, T tasks, I = F (+ 1 with dense inputs) interacting vectors,
-P = I * (I - 1) / 2 pairs.
+Shapes: B rows, K dense inputs, F features, D dim, X = F * D, T tasks, I = F (+ 1 with dense inputs) interacting
+vectors, P = I * (I - 1) / 2 pairs.
 """
 
 from typing import Annotated, Literal
@@ -45,8 +45,8 @@ def build(config: Config, inputs: ModelInputs) -> nn.Module:
         dim = same_dims(inputs, why='model.interaction = "dot"')
         if inputs.dense and config.bottom[-1] != dim:
             raise UserError(
-                f"model.bottom = {list(config.bottom)} ends in {config.bottom[-1]}, but the tables' dim is {dim} and both "
-                f'take part in the dots; make them equal, or set model.interaction = "cat"'
+                f"model.bottom = {list(config.bottom)} ends in {config.bottom[-1]}, but the tables' dim is {dim} and "
+                f'both take part in the dots; make them equal, or set model.interaction = "cat"'
             )
         if len(inputs.dims) + bool(inputs.dense) < 2:
             raise UserError('model.interaction = "dot" needs two vectors; with a single feature use "cat"')
