@@ -21,6 +21,7 @@ import pyarrow.types as pt
 from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.data.base import Columns, Ids
+from trainer.data.memory import Pool
 from trainer.data.order import hash64
 
 IdPolicy = Literal["error", "clip", "hash"]
@@ -89,24 +90,27 @@ def check_schema(schema: pa.Schema, spec: Spec, where: str) -> None:
             )
 
 
-def decode(table: pa.Table, spec: Spec, where: str) -> Columns:
-    """The rows of one row group.  where: file and row group, for errors."""
+def decode(table: pa.Table, spec: Spec, where: str, pool: Pool) -> Columns:
+    """The rows of one row group, copied out of the table so that Arrow can use its memory again at once.
+
+    where: file and row group, for errors.
+    """
     n = table.num_rows
-    dense_nK = np.empty((n, len(spec.dense)), np.float32)
+    dense_nK = pool.array((n, len(spec.dense)), np.float32)
     for k, name in enumerate(spec.dense):
         dense_nK[:, k] = _numbers(table, name, where)
-    labels_nT = np.empty((n, len(spec.labels)), np.float32)
+    labels_nT = pool.array((n, len(spec.labels)), np.float32)
     for t, name in enumerate(spec.labels):
         labels_nT[:, t] = _numbers(table, name, where)
     weight_n = None
     if spec.weight is not None:
-        weight_n = _numbers(table, spec.weight, where)
+        weight_n = pool.copy(_numbers(table, spec.weight, where))
         if n and weight_n.min() < 0:
             row = int(np.argmax(weight_n < 0))
             raise UserError(
                 f"{where}, row {row}: weight {spec.weight!r} is {weight_n[row]:g}; weights must be at least 0"
             )
-    ids = tuple(_ids(table, feature, where) for feature in spec.features)
+    ids = tuple(_ids(table, feature, where, pool) for feature in spec.features)
     return Columns(rows=n, ids=ids, dense_nK=dense_nK, labels_nT=labels_nT, weight_n=weight_n)
 
 
@@ -136,7 +140,7 @@ def _numbers(table: pa.Table, name: str, where: str) -> np.ndarray:
     return values
 
 
-def _ids(table: pa.Table, feature: Feature, where: str) -> Ids:
+def _ids(table: pa.Table, feature: Feature, where: str, pool: Pool) -> Ids:
     array = _array(table, feature.name)
     offsets = None
     if is_list(array.type):
@@ -150,7 +154,8 @@ def _ids(table: pa.Table, feature: Feature, where: str) -> Ids:
     elif array.null_count:
         offsets = _running_count(np.asarray(array.is_valid()))
         array = array.drop_null()
-    return Ids(_in_range(np.asarray(array), offsets, feature, where), offsets)
+    values = _in_range(np.asarray(array), offsets, feature, where)
+    return Ids(pool.copy(values), None if offsets is None else pool.copy(offsets))
 
 
 def _running_count(flags: np.ndarray) -> np.ndarray:

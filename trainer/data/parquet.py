@@ -15,10 +15,12 @@ from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.config import Features
 from trainer.data import dataset as dataset_json
+from trainer.data.assemble import Shape
 from trainer.data.base import Columns
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, File, Split
 from trainer.data.decode import ID_POLICIES, Feature, IdPolicy, Spec, check_schema, decode, is_list
 from trainer.data.loader import Assembler, Batches
+from trainer.data.memory import Pool
 from trainer.data.order import Order
 
 SUFFIXES = (".parquet", ".pq", ".parq")
@@ -155,7 +157,8 @@ class Footer:
 class ParquetSource:
     """One split of a dataset of Parquet files; implements `trainer.data.base.Source`."""
 
-    def __init__(self, folder: Path, dataset: Dataset, split: str, spec: Spec):
+    def __init__(self, folder: Path, dataset: Dataset, split: str, spec: Spec, pool: Pool):
+        self._pool = pool
         self._spec = spec
         self._name = f"{dataset.name!r}, split {split!r}"
         self._folder = folder
@@ -188,7 +191,7 @@ class ParquetSource:
         f, g = self._places[row_group]
         footer = self._footers[f]
         table = footer.decode(g, self._spec.columns)
-        return decode(table, self._spec, f"{footer.path}, row group {g}")
+        return decode(table, self._spec, f"{footer.path}, row group {g}", self._pool)
 
 
 class Reader:
@@ -252,7 +255,8 @@ class Reader:
             ),
             weight=dataset.weight,
         )
-        self._source = ParquetSource(Path(dataset_folder), dataset, split, spec)
+        self._pool = Pool()
+        self._source = ParquetSource(Path(dataset_folder), dataset, split, spec, self._pool)
         self.order = Order(
             row_groups=self._source.row_groups,
             streams=streams,
@@ -262,7 +266,7 @@ class Reader:
             window=shuffle_window,
         )
         self._streams = self.order.streams_of(rank, world_size)
-        self._features = names
+        self._shape = Shape(features=names, dense=len(dataset.dense), labels=len(dataset.labels))
         self._threads, self._prefetch, self._pin_memory = max(1, threads), max(1, prefetch), pin_memory
         if self.order.rows == 0:
             raise UserError(
@@ -291,7 +295,9 @@ class Reader:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step {start_step}: an epoch has the steps 0 .. {self.steps_per_epoch - 1}")
-        assembler = Assembler(self._source, self.order.epoch(epoch), self._features, self._streams, self._threads)
+        assembler = Assembler(
+            self._source, self.order.epoch(epoch), self._shape, self._streams, self._threads, self._pool
+        )
         return Batches(
             assembler,
             range(start_step, self.steps_per_epoch),
