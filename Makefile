@@ -19,7 +19,7 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 # A stage is done when its stamp exists; the name of a stamp holds what the stage was given, so an edited lock file or
 # another target is installed once, and nothing is installed twice.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TARGET) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/.installed-$(TARGET)-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) pyproject.toml) | cksum | cut -d' ' -f1)
 
 .PHONY: train test install lint clean
 

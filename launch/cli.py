@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # an error of our own gets Python's traceback: shorter, and copied without frames
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench = typer.Typer(help="Measure a part of tablemesh beside its baseline.", no_args_is_help=True)
@@ -136,8 +137,15 @@ def train(
     started = time.time()
     ended = follow.run(work, starter, progress.make(console))
     if ended is not None:
-        rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, failure=ended)
-        _stop(ended, as_json, {"status": rundir.report(run_dir).get("status"), "run_dir": str(run_dir)})
+        print_failure(ended)
+        try:
+            rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, failure=ended)
+        except UserError as error:
+            print_error(f"and the report could not be written: {error}")
+        if as_json:
+            status = rundir.report(run_dir).get("status")
+            print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
+        raise typer.Exit(ended.exit_code)
     report = rundir.report(run_dir)
     page = run_dir / "report.html"
     if as_json:
@@ -232,6 +240,12 @@ def print_error(message: str) -> None:
         console.print(f"       {escape(line)}", soft_wrap=True, highlight=False)
 
 
+def print_failure(failure: Any) -> None:
+    """Why a job ended early, and where the whole story is."""
+    details = f"\nthe whole story: {_shown(failure.details)}" if failure.details else ""
+    print_error(failure.message + details)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str), flush=True)
 
@@ -289,17 +303,11 @@ def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: di
     )
     ended = follow.run(work, _scheduler("local"), progress.make(_console(as_json)))
     if ended is not None:
-        _stop(ended, as_json, {"run_dir": str(run_dir)})
+        print_failure(ended)
+        if as_json:
+            print_json({"error": ended.as_json(), "run_dir": str(run_dir)})
+        raise typer.Exit(ended.exit_code)
     return json.loads(result.read_text())
-
-
-def _stop(ended: Any, as_json: bool, values: dict[str, Any]) -> None:
-    """Show why a job ended early and leave with its exit code."""
-    details = f"\nthe whole story: {_shown(ended.details)}" if ended.details else ""
-    print_error(ended.message + details)
-    if as_json:
-        print_json({"error": ended.as_json(), **values})
-    raise typer.Exit(ended.exit_code)
 
 
 def _print_figures(console: Console, report: dict[str, Any]) -> None:

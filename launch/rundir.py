@@ -1,14 +1,13 @@
 """The run folder as the command line makes and closes it; the ranks fill it."""
 
-import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
 from launch.failure import Failure
+from trainer import report as reports
 
 
 def create(parent: Path, name: str) -> Path:
@@ -45,30 +44,26 @@ def find(run: Path) -> Path:
 def report(run_dir: Path) -> dict[str, Any]:
     """report.json as it is now; empty when there is none yet."""
     try:
-        return json.loads((run_dir / "report.json").read_text())
-    except (OSError, ValueError):
+        return reports.read(run_dir)
+    except UserError:
         return {}
 
 
 def close(run_dir: Path, *, name: str, world_size: int, started: float, failure: Failure) -> None:
-    """Write how a training run ended into report.json, unless the ranks did so themselves."""
+    """Write how a training run ended early into report.json and report.html.
+
+    The cause found over all ranks stands above what one of them thought: a rank that was stopped because another one
+    failed has noted that it was interrupted. UserError when the files cannot be written.
+    """
     found = report(run_dir)
-    if found.get("status") not in (None, "running"):
-        return
-    found |= {
-        "name": found.get("name", name),
-        "status": "interrupted" if failure.kind == "interrupted" else "failed",
-        "error": failure.as_json(),
-        "started": found.get("started", started),
-        "finished": time.time(),
-        "world_size": found.get("world_size", world_size),
-    }
-    write_json(run_dir / "report.json", found)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace the file at once: a reader sees the old text or the new."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        json.dump(value, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    if failure.kind != "interrupted" or found.get("status") in (None, "running"):
+        found |= {
+            "name": found.get("name", name),
+            "status": "interrupted" if failure.kind == "interrupted" else "failed",
+            "error": failure.as_json(),
+            "started": found.get("started", started),
+            "finished": time.time(),
+            "world_size": found.get("world_size", world_size),
+        }
+        reports.write_json(run_dir, found)
+    reports.write_html(run_dir)

@@ -44,10 +44,18 @@ def test_close_completes_a_report_that_the_ranks_left_running(tmp_path):
     report = rundir.report(tmp_path)
     assert (report["status"], report["steps"], report["world_size"]) == ("failed", 7, 2)
     assert report["error"] == {"rank": 1, "kind": "signal", "message": "rank 1 was killed"}
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert "rank 1 was killed" in (tmp_path / "report.html").read_text()
 
 
-def test_close_keeps_what_the_ranks_wrote(tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted"}))
+def test_the_cause_stands_above_what_a_stopped_rank_wrote(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted", "name": "a"}))
     rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=Failure(kind="internal", message="x"))
-    assert rundir.report(tmp_path) == {"status": "interrupted"}
+    assert rundir.report(tmp_path)["status"] == "failed"
+
+
+def test_an_interrupted_run_keeps_what_its_ranks_wrote(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted", "name": "a", "steps": 3}))
+    ended = Failure(kind="interrupted", message="stopped by Ctrl-C")
+    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=ended)
+    assert rundir.report(tmp_path) == {"status": "interrupted", "name": "a", "steps": 3}
