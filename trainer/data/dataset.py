@@ -104,7 +104,9 @@ class Dataset(Frozen):
     splits: dict[str, Split]
     fingerprint: str  # hash over the contents of every file and the schema
     bayes: dict[str, Bayes] = {}  # by split
-    positive_rate: dict[str, float] = {}  # mean of the first label on the train split, by label name
+    positive_rate: dict[str, float] = {}  # mean of each label on the train split
+    rejected: int = 0  # malformed lines of the source, listed in DEST/rejected.tsv
+    inputs: str = ""  # hash of the source, the spec and the options: equal inputs make an equal dataset
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -1,16 +1,22 @@
 """Source data -> dataset folder.  `prepare` is the only way in; `summary` shows what came out."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from kernels.errors import UserError
-from trainer.data.dataset import Dataset
+from trainer.config import validate
+from trainer.data import synthetic
+from trainer.data.dataset import Dataset, load
+from trainer.prepare.spec import Options
+from trainer.prepare.stats import summary
+
+__all__ = ["Progress", "prepare", "summary"]
 
 # progress(done, total, text): done and total in bytes of the source (rows for synthetic data); text says what is being
-# done ("counting ids", "writing").  `done` starts again at 0 with each pass.  Called from the calling thread.
+# done ("counting", "writing").  `done` starts again at 0 with each pass.  Called from the calling thread.
 Progress = Callable[[int, int, str], None]
 
 
@@ -25,19 +31,48 @@ def prepare(
     """Prepare `source` into the dataset folder `dest` and return what its dataset.json says.
 
     source: "synthetic:criteo", "synthetic:zipf4", "criteo:PATH", or PATH: a file, a folder, a glob, or several of these
-        separated by commas (.csv, .tsv, .txt, .parquet; text may be .gz, .bz2, .zst).
-    spec: TOML that says what the columns are (docs/data.md); not for synthetic and Criteo.
+        separated by commas (.csv, .tsv, .txt, .parquet; text may be .gz or .bz2).  A tab-separated file of Criteo's 40
+        columns needs no spec and no prefix.
+    spec: TOML that says what the columns are (docs/data.md); not for synthetic data and Criteo's.
     options: settings by name; text is taken where a number is meant, so they can come from a command line.
         all            seed = 0, threads = cores, existing = "error" | "reuse" | "replace", name, row_group_rows
         synthetic      rows, scale (criteo only)
         files          valid, test = a share such as 0.1, or files (a path, a glob or a list of them);
-                       split = "random" | "time", max_rejected = 0.001 (share of malformed lines)
+                       split = "random" | "time", valid_from, test_from, max_rejected = 0.001 (share of malformed lines)
         criteo         also ids = "vocab" | "hash", min_count = 1, rows = size of each hashed table
+    progress: called as (done, total, text), see `Progress`.
+
+    existing says what happens when `dest` is a finished dataset: "error" raises, "reuse" returns it if it was made from
+    the same inputs (source, sizes and times of the files, spec, options) and raises otherwise, "replace" makes it anew and
+    keeps the old one until the new one is whole.
     Raises UserError for what is wrong with the input; nothing is left at `dest` then.
     """
-    raise UserError(f"{source}: preparing is not finished yet")
+    report = progress or (lambda done, total, text: None)
+    given = dict(options or {})
+    if source.startswith("synthetic:"):
+        kind = source.removeprefix("synthetic:")
+        if spec is not None:
+            raise UserError(f"{source}: synthetic data takes no spec; leave --spec out")
+        chosen = validate(synthetic.options_of(kind), given, where=f"prepare {source}")
+        inputs = _hash(source, chosen, [])
+        return _reused(dest, chosen, inputs) or synthetic.prepare(kind, dest, chosen, inputs=inputs, progress=report)
+    raise UserError(f"{source}: preparing files is not finished yet")
 
 
-def summary(dataset: Dataset) -> Table:
-    """A rich table of the statistics of every feature."""
-    raise UserError(f"{dataset.name}: summary is not finished yet")
+def _reused(dest: str | Path, options: Options, inputs: str) -> Dataset | None:
+    """The dataset that is there, if it is to be reused and was made from these inputs."""
+    if options.existing != "reuse" or not (Path(dest) / "dataset.json").exists():
+        return None
+    found = load(dest)
+    if found.inputs != inputs:
+        raise UserError(
+            f"{dest}: is a dataset made from other inputs ({found.source}), or by another version; "
+            "choose another DEST, or say existing = 'replace' to make it anew"
+        )
+    return found
+
+
+def _hash(source: str, options: Options, more: list[Any]) -> str:
+    """Of everything that decides what is written: not of how many threads write it."""
+    told = options.model_dump(mode="json", exclude={"threads", "existing"})
+    return hashlib.sha256(json.dumps([source, told, *more], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,60 @@
+"""Figures per feature, and the table that shows them."""
+
+import numpy as np
+from rich.table import Table
+
+from trainer.data.dataset import Dataset, Stats
+
+TOPS = (1, 10, 100, 1000)
+
+
+def make_stats(counts: np.ndarray, *, rows: int, missing: int, max_per_bag: int, unseen: int = 0) -> Stats:
+    """counts: how often each id that occurs does, in any order."""
+    ids = int(counts.sum())
+    ordered = np.sort(counts)[::-1]
+    share = {str(n): float(ordered[:n].sum() / ids) for n in TOPS} if ids else {}
+    return Stats(
+        rows=rows,
+        ids=ids,
+        distinct=int(np.count_nonzero(counts)),
+        top_share=share,
+        missing=missing,
+        max_per_bag=max_per_bag,
+        unseen=unseen,
+    )
+
+
+def summary(dataset: Dataset) -> Table:
+    """A rich table of the statistics of every feature over the train split."""
+    splits = ", ".join(f"{name} {split.rows:,}" for name, split in dataset.splits.items())
+    rates = ", ".join(f"{label} {rate:.2%} positive" for label, rate in dataset.positive_rate.items())
+    table = Table(title=f"{dataset.name}: rows {splits}; {rates}", title_justify="left")
+    table.add_column("feature")
+    right = ("table rows", "distinct", "top 1", "top 100", "ids / bag", "max", "missing", "unseen")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    train = dataset.splits["train"].rows
+    for dense in dataset.dense:
+        missing = "" if dense.missing is None else _percent(dense.missing, train)
+        table.add_row(dense.name, "dense", "", "", "", "", "", missing, "")
+    for feature in dataset.categorical:
+        stats = feature.stats
+        if stats is None:
+            table.add_row(feature.name, f"{feature.cardinality:,}", *[""] * 7)
+            continue
+        table.add_row(
+            feature.name,
+            f"{feature.cardinality:,}",
+            f"{stats.distinct:,}",
+            f"{stats.top_share.get('1', 0):.1%}",
+            f"{stats.top_share.get('100', 0):.1%}",
+            f"{stats.ids_per_bag:.2f}",
+            str(stats.max_per_bag),
+            _percent(stats.missing, stats.rows),
+            _percent(stats.unseen, stats.ids),
+        )
+    return table
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if part and whole else "-"
