@@ -1,5 +1,6 @@
 """The `tablemesh` command. `tablemesh --help` must answer at once, so torch is imported inside the commands alone."""
 
+import errno
 import json
 import signal
 import sys
@@ -37,17 +38,23 @@ def main() -> None:
     """Entry point: runs a command, turns a UserError into `error:` lines and exit code 2."""
     quiet.install()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops us stops the ranks in good order
-    as_json = "--json" in sys.argv[1:]
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print_error(str(error))
-        if as_json:
-            print_json({"error": {"rank": None, "kind": "user", "message": str(error)}})
-        sys.exit(2)
+        _leave("user", str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave("user", f"the disk is full while writing {error.filename}; make room and try again", 2)
     except KeyboardInterrupt:
-        print_error("stopped")
-        sys.exit(1)
+        _leave("interrupted", "stopped by Ctrl-C or SIGTERM", 1)
+
+
+def _leave(kind: str, message: str, exit_code: int) -> None:
+    print_error(message)
+    if "--json" in sys.argv[1:]:
+        print_json({"error": {"rank": None, "kind": kind, "message": message}})
+    sys.exit(exit_code)
 
 
 @app.command()
@@ -122,13 +129,12 @@ def train(
     resolved.check_world_size(nproc)
     starter = _scheduler(scheduler)
     if dry_run:
-        planned = job.make(
-            name=resolved.name, action="train", run_dir=resolved.run.dir / resolved.name, nproc=nproc, module=module
-        )
-        text = starter.request(planned)
-        print_json({"request": text}) if as_json else console.print(
-            escape(text), end="", soft_wrap=True, highlight=False
-        )
+        where = resolved.run.dir / resolved.name
+        text = starter.request(job.make(name=resolved.name, action="train", run_dir=where, nproc=nproc, module=module))
+        if as_json:
+            print_json({"request": text})
+        else:
+            console.print(escape(text), end="", soft_wrap=True, highlight=False)
         return
     _prepare_missing(console, resolved)
     run_dir = rundir.create(resolved.run.dir, resolved.name)
@@ -146,13 +152,7 @@ def train(
             status = rundir.report(run_dir).get("status")
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
-    report = rundir.report(run_dir)
-    page = run_dir / "report.html"
-    if as_json:
-        print_json(report | {"run_dir": str(run_dir), "report_html": str(page)})
-    else:
-        _print_figures(console, report)
-        console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True)
+    _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)
 
 
 @app.command("eval")
@@ -200,13 +200,7 @@ def report(
 
     run_dir = rundir.find(run)
     page = reports.write_html(run_dir)
-    found = rundir.report(run_dir)
-    if as_json:
-        print_json(found | {"run_dir": str(run_dir), "report_html": str(page)})
-    else:
-        console = _console(False)
-        _print_figures(console, found)
-        console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True)
+    _print_run(run_dir, rundir.report(run_dir), page, as_json)
 
 
 @app.command()
@@ -308,6 +302,16 @@ def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: di
             print_json({"error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     return json.loads(result.read_text())
+
+
+def _print_run(run_dir: Path, found: dict[str, Any], page: Path, as_json: bool) -> None:
+    """The key figures of a run and the path of its report, or all of report.json and both paths."""
+    if as_json:
+        print_json(found | {"run_dir": str(run_dir), "report_html": str(page)})
+    else:
+        console = _console(False)
+        _print_figures(console, found)
+        console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True, highlight=False)
 
 
 def _print_figures(console: Console, report: dict[str, Any]) -> None:

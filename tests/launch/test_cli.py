@@ -1,5 +1,6 @@
 """The command as a user meets it: what it prints, where, and its exit codes."""
 
+import errno
 import json
 import re
 import signal
@@ -78,6 +79,18 @@ def test_user_error_as_json(command):
     assert code == 2
     assert json.loads(out)["error"]["kind"] == "user"
     assert err.startswith("error: no.toml")
+
+
+def test_full_disk(command, config, monkeypatch):
+    from launch import rundir
+
+    def full(parent, name):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/quickstart/config.toml")
+
+    monkeypatch.setattr(rundir, "create", full)
+    code, _, err = command("train", config)
+    assert code == 2
+    assert err == "error: the disk is full while writing runs/quickstart/config.toml; make room and try again\n"
 
 
 def test_world_size_that_does_not_divide_the_streams(command, config):
