@@ -37,6 +37,7 @@ def save(folder: Path, state: dict[str, Any], position: Position, *, keep: int) 
     """Write `state` on all ranks; returns (path, bytes on disk, seconds). The newest `keep` checkpoints stay.
 
     state: nested dict of tensors, ShardedTensors and plain values; sharded values are written by their owners.
+    Raises UserError, on all ranks, when a rank cannot write (a full disk, say); the earlier checkpoints stay as they are.
     """
     started = time.perf_counter()
     final = folder / f"step_{position.step}"
@@ -47,7 +48,15 @@ def save(folder: Path, state: dict[str, Any], position: Position, *, keep: int) 
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    except dcp.api.CheckpointException as error:  # raised on every rank
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{partial}: the checkpoint could not be written: {_first_cause(error)}; nothing is left of it, and the "
+            f"{len(found(folder))} finished checkpoints in {folder} are whole"
+        ) from error
     dist.barrier()
     size = 0
     if first:
