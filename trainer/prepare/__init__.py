@@ -10,7 +10,9 @@ from kernels.errors import UserError
 from trainer.config import validate
 from trainer.data import synthetic
 from trainer.data.dataset import Dataset, load
-from trainer.prepare.spec import Options
+from trainer.prepare import criteo, files
+from trainer.prepare.source import find_files
+from trainer.prepare.spec import CriteoOptions, FileOptions, Options, Spec, load_spec
 from trainer.prepare.stats import summary
 
 __all__ = ["Progress", "prepare", "summary"]
@@ -56,7 +58,32 @@ def prepare(
         chosen = validate(synthetic.options_of(kind), given, where=f"prepare {source}")
         inputs = _hash(source, chosen, [])
         return _reused(dest, chosen, inputs) or synthetic.prepare(kind, dest, chosen, inputs=inputs, progress=report)
-    raise UserError(f"{source}: preparing files is not finished yet")
+    name, chosen, resolved = _files_spec(source, spec, given)
+    found = [(str(f.path.resolve()), f.bytes, f.path.stat().st_mtime_ns) for f in files.gather(name, resolved, chosen)]
+    inputs = _hash(source, chosen, [resolved.model_dump(mode="json"), found])
+    kept = _reused(dest, chosen, inputs)
+    return kept or files.prepare(name, dest, resolved, chosen, inputs=inputs, report=report)
+
+
+def _files_spec(source: str, path: str | Path | None, given: dict[str, Any]) -> tuple[str, FileOptions, Spec]:
+    """(the source without its prefix, the options, the spec) of a source of files."""
+    where = f"prepare {source}"
+    is_criteo = source.startswith("criteo:")
+    name = source.removeprefix("criteo:")
+    if path is not None:
+        if is_criteo:
+            raise UserError(f"{source}: Criteo's columns are known; leave --spec out, or leave the prefix out")
+        return name, validate(FileOptions, given, where=where), load_spec(path)
+    first = find_files(name, format="csv" if is_criteo else None)[0]
+    if is_criteo:
+        criteo.check(first)
+    elif not criteo.looks_like(first):
+        raise UserError(
+            f"{first.path}: needs --spec FILE.toml that says what its columns are (docs/data.md); "
+            "without one, only Criteo's tab-separated files of 40 columns are known"
+        )
+    chosen = validate(CriteoOptions, given, where=where)
+    return name, chosen, criteo.spec(chosen)
 
 
 def _reused(dest: str | Path, options: Options, inputs: str) -> Dataset | None:

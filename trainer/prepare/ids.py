@@ -237,6 +237,10 @@ class Sample:
             here = self._keys <= self._below
             self._keys, self._numbers = self._keys[here], self._numbers[here]
 
+    @property
+    def size(self) -> int:
+        return len(self._keys)
+
     def quantiles(self, shares: list[float]) -> np.ndarray:
         """The smallest sampled numbers below which each share of the sample lies; empty when nothing was added."""
         ordered = np.sort(self._numbers)
