@@ -37,7 +37,7 @@ def save(folder: Path, state: dict[str, Any], position: Position, *, keep: int) 
     """Write `state` on all ranks; returns (path, bytes on disk, seconds). The newest `keep` checkpoints stay.
 
     state: nested dict of tensors, ShardedTensors and plain values; sharded values are written by their owners.
-    Raises UserError, on all ranks, when a rank cannot write (a full disk, say); the earlier checkpoints stay as they are.
+    Raises UserError, on all ranks, when a rank cannot write (a full disk, say); earlier checkpoints stay as they are.
     """
     started = time.perf_counter()
     final = folder / f"step_{position.step}"

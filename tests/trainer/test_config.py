@@ -152,7 +152,7 @@ def test_unreadable_files(tmp_path):
         configs.load(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("name = \n")
-    with pytest.raises(UserError, match="not valid TOML.*line 1"):
+    with pytest.raises(UserError, match=r"not valid TOML.*line 1"):
         configs.load(broken)
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):
