@@ -40,6 +40,7 @@ class Plain:
         self._steps_total = 0
         self._pending: str | None = None
         self._work = ""
+        self._phases: set[str | None] = set()
 
     def event(self, event: Event) -> None:
         kind = event.get("event")
@@ -53,6 +54,10 @@ class Plain:
             else:
                 self._pending = text
             return
+        if kind == "phase":
+            if event.get("name") in self._phases:  # back to training after each evaluation
+                return
+            self._phases.add(event.get("name"))
         text, style = lasting_line(event)
         if text:
             self._flush()

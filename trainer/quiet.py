@@ -15,8 +15,11 @@ WARNINGS = (
     r"HeuristicalStorageReservation is known to cause issues",  # TorchRec's planner and its own default
     r"`broadcast_buffers` is deprecated",  # TorchRec calling DistributedDataParallel
     r"torch\.distributed\.reduce_op is deprecated",  # torchrec, torchmetrics
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # row-wise tables
     r"`torch\.distributed\._(all_gather|reduce_scatter)_base` is a private function",  # TorchRec's collectives
     r"`?torch\.utils\._pytree\._register_pytree_node`? is deprecated",  # TorchRec's KeyedJaggedTensor
+    # FBGEMM's dense lookup, behind data-parallel tables; its gradient equals torch's EmbeddingBag's to 5e-7
+    r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     r"The pynvml package is deprecated",  # torch.cuda
     r"pkg_resources is deprecated as an API",  # torchmetrics, lightning_utilities
     r"Deprecated call to `pkg_resources\.declare_namespace",
@@ -29,6 +32,10 @@ WARNINGS = (
 RECORDS = (
     ("torchrec.distributed.planner.types", r"The topology was constructed directly rather than via TopologyFactory"),
     ("torchrec.distributed.planner.storage_reservations", r"There is a known issue with TorchRec's dense tensor size"),
+    ("torchrec.distributed.comm", r"TORCHREC_RESOLVED_POD_SIZE not set"),
+    ("torchrec.distributed.comm", r"\[Connection\] (intra|cross)_group: "),  # an announcement at the level of a warning
+    ("torchrec.distributed.utils", r"Sharding Type is data_parallel, caching params will be ignored"),
+    ("root", r"Sharding spec not found for "),  # data-parallel tables have none
     ("torch.fx._symbolic_trace", r"is_fx_tracing will return true for both fx\.symbolic_trace and torch\.export"),
     ("torch.distributed.elastic.multiprocessing.redirects", r"NOTE: Redirects are currently not supported"),
 )
