@@ -108,8 +108,10 @@ def _of_silent_exit(job: Job, ended: dict[str, Any]) -> Failure:
 
 
 def _last_lines(text: str, count: int = 3) -> str:
-    """The last lines that say something: of a Python traceback its final line alone."""
-    lines = [line for line in text.splitlines() if line.strip() and not quiet.is_noise(line)]
+    """The last lines that say something: of a Python traceback its final line alone, of faulthandler's nothing."""
+    lines = [
+        line for line in text.split("Fatal Python error:")[0].splitlines() if line.strip() and not quiet.is_noise(line)
+    ]
     start = max(
         (i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), default=None
     )

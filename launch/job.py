@@ -79,6 +79,7 @@ def make(
         "PYTHONPATH": path,
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves Python's stack in the log
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks' store must not live in the agent
         "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard looks for TensorFlow
     }

@@ -52,7 +52,7 @@ def test_out_of_memory_is_named_when_the_kernel_counted_it(tmp_path):
 
 
 def test_a_crash_in_native_code_shows_its_last_words(tmp_path):
-    logs = {1: "hello\nterminate called: bad size\n"}
+    logs = {1: "hello\nterminate called: bad size\nFatal Python error: Aborted\n\nThread 0x1:\n  File x\n"}
     found = failure.explain(left_behind(tmp_path, agent=[(1, -6, "SIGABRT", 20.0)], logs=logs))
     assert found.message.splitlines() == [
         "rank 1 was killed by SIGABRT: native code gave up",
