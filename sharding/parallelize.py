@@ -20,6 +20,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from sharding.initial_weights import fill_shard
 from sharding.plan import AllTypesSharder, embeddings_of
+from sharding.row_update import replace_update
 
 
 def parallelize(
@@ -30,6 +31,7 @@ def parallelize(
     seed: int,
     fused_params: dict[str, Any] | None,
     init_dense: Callable[..., None],
+    row_update: Callable[..., None] | None = None,
 ) -> DistributedModelParallel:
     """Shard `task` over the ranks of the default process group.
 
@@ -37,6 +39,8 @@ def parallelize(
     fused_params: the update of the tables, from the optimizer (trainer/optim/base.py); None when all tables are
         data_parallel.
     init_dense(module, seed=...): fills the parameters of everything outside the tables.
+    row_update: replaces the fused update where that cannot do what the config asks; both are what `table_update` of
+        trainer/optim/base.py gives.
     """
     sharder = AllTypesSharder(fused_params=dict(fused_params or {}))
     dmp = DistributedModelParallel(
@@ -47,6 +51,8 @@ def parallelize(
         init_data_parallel=False,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
+    if row_update is not None:
+        replace_update(embeddings_of(dmp.module).ebc, row_update)
     init_tables(dmp, seed=seed)
     for name, child in dmp.module.named_children():
         if name != "embeddings":

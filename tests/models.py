@@ -16,12 +16,12 @@ from kernels import registry
 from sharding.embeddings import build_embeddings
 from sharding.initial_weights import full_table
 from sharding.parallelize import parallelize
-from sharding.plan import embeddings_of, has_fused_tables, make_plan
+from sharding.plan import embeddings_of, make_plan
 from sharding.tables.base import Table
 from trainer.config import Optim, Plugin
 from trainer.data.batch import Batch
 from trainer.models.base import ModelInputs, init_dense
-from trainer.optim.base import build_optimizer, fused_params, plugin
+from trainer.optim.base import RowOptimizer, build_optimizer, plugin, table_update
 from trainer.pipeline import build_pipeline
 from trainer.task import Loss, TrainTask
 
@@ -64,8 +64,8 @@ def build_sharded(
         task_weights=task_weights,
     )
     plan = make_plan(task, world_size=world, local_world_size=local_world_size or world, device=CPU, batch_size=8)
-    fused = fused_params(optim, device=CPU) if has_fused_tables(plan) else None
-    dmp = parallelize(task, plan, device=CPU, seed=seed, fused_params=fused, init_dense=init_dense)
+    update = table_update(optim, plan, device=CPU)
+    dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, **update)
     optimizer = build_optimizer(optim, dmp)
     return build_pipeline(pipeline, dmp, optimizer, device=CPU, schedule=optim.schedule, clip=optim.clip_grad_norm)
 
@@ -110,10 +110,7 @@ class PlainModel(nn.Module):
 
     def optimizers(self, optim: Optim) -> list[torch.optim.Optimizer]:
         tables, dense = list(self.weights.values()), list(self.net.parameters())
-        return [
-            plugin(optim.sparse).replicated(optim.sparse, tables),
-            plugin(optim.dense).dense(optim.dense, dense),
-        ]
+        return [RowOptimizer(optim.sparse, tables), plugin(optim.dense).dense(optim.dense, dense)]
 
 
 def make_batches(

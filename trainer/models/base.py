@@ -107,7 +107,8 @@ def init_dense(module: nn.Module, *, seed: int) -> None:
     gets the same numbers.
     """
     for name, child in module.named_modules():
-        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        # The seed is hashed with the name: a CPU generator looks at the low 32 bits of its seed only.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         if hasattr(child, "init"):
             child.init(generator)
         elif isinstance(child, nn.Linear):

@@ -2,20 +2,28 @@
 
 An optimizer is a file in this folder.  It holds
 
-    class Config(trainer.config.Plugin)           lr and its own options
+    class Config(trainer.config.Plugin)           lr and its own options; l2
     fused(config, *, device) -> dict              TorchRec's fused_params: the update of a table's rows inside the
                                                   backward; UserError where FBGEMM has no such kernel
-    replicated(config, params) -> Optimizer       the same update for data-parallel tables, whose gradients arrive as
-                                                  dense (E, D) tensors: rows without a gradient must not move
     dense(config, params) -> Optimizer            everything that is not a table
+    row_state(p_ED) -> dict[str, Tensor]          zeros: the state of a table's rows, each (E, ...), by name
+    update_rows(config, w_UD, g_UD, states, *, lr, step)
+                                                  the update in plain torch, in place, of the rows that a batch touches
+                                                  and of their states (in the order of row_state); step counts from 1
     state_bytes_per_row(config, dim) -> int       optimizer state of one table row of `dim` columns
 
 `params` are tensors in a fixed order; `device` is a torch.device.  Every learning rate is a plain float in a param
-group: `set_factor` scales them all by the schedule.  L2 (`l2`) adds l2 * w to the gradient of w; for a table, of the
-rows that the batch touches and no others.
+group: `set_factor` scales them all by the schedule.  `l2` adds l2 * w to the gradient of w; for a table, of the rows
+that the batch touches and no others.  Where FBGEMM's kernel does not have it (on the CPU none has), `update_rows` takes
+the kernel's place; the `fused` of a kernel that has it gives "weight_decay".
+
+data_parallel tables, whose gradients arrive as dense (E, D) tensors, are updated by `update_rows` too: `RowOptimizer`.
+
+Shapes: E rows of a table, D columns, U rows that the batch touches.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,16 +41,30 @@ def plugin(config: Plugin) -> Any:
 
 
 def fused_params(config: Optim, *, device: torch.device) -> dict[str, Any]:
-    """What `sharding.parallelize` needs for the tables."""
+    """TorchRec's fused_params for the tables."""
     return plugin(config.sparse).fused(config.sparse, device=device)
+
+
+def table_update(config: Optim, plan: Any, *, device: torch.device) -> dict[str, Any]:
+    """How the tables of a plan are updated in the backward, as keyword arguments of `sharding.parallelize`:
+    fused_params (None when all tables are data_parallel), and row_update (None where FBGEMM's does what is asked).
+    """
+    from sharding.plan import has_fused_tables
+
+    if not has_fused_tables(plan):
+        return {"fused_params": None, "row_update": None}
+    fused = fused_params(config, device=device)
+    replace = bool(config.sparse.l2) and "weight_decay" not in fused
+    update = partial(plugin(config.sparse).update_rows, config.sparse, step=None) if replace else None
+    return {"fused_params": fused, "row_update": update}
 
 
 def build_optimizer(config: Optim, dmp: nn.Module) -> Any:
     """The optimizer of everything in a DistributedModelParallel: TorchRec's CombinedOptimizer of
 
-        ""            the fused update of sharded tables (`dmp.fused_optimizer`), which happens in the backward
-        "replicated"  data-parallel tables, when there are any
-        "dense"       the dense layers
+        the fused update of sharded tables (`dmp.fused_optimizer`), which happens in the backward
+        RowOptimizer of the data_parallel tables, when there are any
+        the dense layers' optimizer
 
     Its `state_dict()` names each state by its parameter, whatever the plan.
     """
@@ -53,12 +75,10 @@ def build_optimizer(config: Optim, dmp: nn.Module) -> Any:
     replicated = {name: p for name, p in rest.items() if name.startswith(TABLES)}
     dense = {name: p for name, p in rest.items() if name not in replicated}
     parts: list[Any] = [dmp.fused_optimizer]
-    for params, build, options in (
-        (replicated, plugin(config.sparse).replicated, config.sparse),
-        (dense, plugin(config.dense).dense, config.dense),
-    ):
-        if params:
-            parts.append(KeyedOptimizerWrapper(params, lambda p, build=build, options=options: build(options, p)))
+    if replicated:
+        parts.append(KeyedOptimizerWrapper(replicated, partial(RowOptimizer, config.sparse)))
+    if dense:
+        parts.append(KeyedOptimizerWrapper(dense, partial(plugin(config.dense).dense, config.dense)))
     optimizer = CombinedOptimizer(parts)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
@@ -79,6 +99,35 @@ def clip_grad_norm(params: Sequence[Tensor], max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(params, max_norm)
 
 
-def touched_rows(grad_ED: Tensor) -> Tensor:
-    """(E,) bool: rows with a gradient."""
-    return (grad_ED != 0).any(dim=1)
+class RowOptimizer(torch.optim.Optimizer):
+    """`update_rows` on dense gradients: the rows whose gradient is not all zeros count as touched.
+
+    A vector counts as one row.
+    """
+
+    def __init__(self, config: Plugin, params: Sequence[Tensor]) -> None:
+        super().__init__(params, {"lr": config.lr})
+        self.config, self.kind = config, plugin(config)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": torch.zeros(()), **self.kind.row_state(_rows(p.detach()))}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                step, *states = self.state[p].values()
+                step += 1
+                w_ED, g_ED = _rows(p.detach()), _rows(p.grad)
+                rows_U = (g_ED != 0).any(dim=1).nonzero().flatten()
+                w_UD, *states_U = (tensor[rows_U] for tensor in (w_ED, *states))
+                self.kind.update_rows(self.config, w_UD, g_ED[rows_U], states_U, lr=group["lr"], step=int(step))
+                for tensor, new in zip((w_ED, *states), (w_UD, *states_U), strict=True):
+                    tensor[rows_U] = new
+
+
+def _rows(p: Tensor) -> Tensor:
+    return p if p.dim() == 2 else p.view(1, -1)

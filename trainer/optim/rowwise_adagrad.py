@@ -1,9 +1,7 @@
-"""Row-wise Adagrad: s += mean(g^2) over the row; w -= lr * g / (sqrt(s) + eps).  One s per row: 4 bytes beside 4 * D.
+"""Row-wise Adagrad: s += mean(g^2) over the row; w -= lr * g / (sqrt(s) + eps); l2 * w is added to g first.
 
-A table that is split by columns has one s per row and column shard, each the mean over its own columns: a plan with
-column-wise shards trains slightly differently from one without.
-
-Shapes: E rows, D columns.
+One s per row: 4 bytes beside the row's 4 * D.  A table that is split by columns has one s per row and column shard,
+each the mean over its own columns: a plan with column-wise shards trains slightly differently from one without.
 """
 
 from collections.abc import Sequence
@@ -14,12 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.config import Plugin
-from trainer.optim.base import touched_rows
+from trainer.optim.base import RowOptimizer
 
 
 class Config(Plugin):
-    """l2 adds l2 * w to the gradient of the rows that the batch touches."""
-
     kind: str = "rowwise_adagrad"
     lr: float = Field(gt=0)
     eps: float = Field(default=1e-8, gt=0)
@@ -27,49 +23,32 @@ class Config(Plugin):
 
 
 def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType, WeightDecayMode
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 
     params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": config.lr, "eps": config.eps}
-    if config.l2:
+    if config.l2 and device.type == "cuda":  # the CPU kernel takes these two and ignores them
         params |= {"weight_decay": config.l2, "weight_decay_mode": WeightDecayMode.L2}
     return params
 
 
-def replicated(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return RowwiseAdagrad(params, lr=config.lr, eps=config.eps, l2=config.l2)
-
-
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """A vector counts as one row."""
-    return RowwiseAdagrad(params, lr=config.lr, eps=config.eps, l2=config.l2)
+    """A row of a matrix is one output; a vector counts as one row."""
+    return RowOptimizer(config, params)
+
+
+def row_state(p_ED: Tensor) -> dict[str, Tensor]:
+    return {"sum": p_ED.new_zeros(p_ED.shape[0], 1)}
+
+
+def update_rows(
+    config: Config, w_UD: Tensor, g_UD: Tensor, states: Sequence[Tensor], *, lr: float, step: int | None
+) -> None:
+    (s_U1,) = states
+    g_UD = g_UD + config.l2 * w_UD
+    s_U1 += g_UD.square().mean(dim=1, keepdim=True)
+    w_UD.addcdiv_(g_UD, s_U1.sqrt() + config.eps, value=-lr)
 
 
 def state_bytes_per_row(config: Config, dim: int) -> int:
     return 4
-
-
-class RowwiseAdagrad(torch.optim.Optimizer):
-    """The formula above on dense gradients; a row whose gradient is all zeros stays, whatever `l2`."""
-
-    def __init__(self, params: Sequence[Tensor], *, lr: float, eps: float, l2: float) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "l2": l2})
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["sum"] = torch.zeros(_rows(p).shape[0], 1, device=p.device)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                w_ED, g_ED, s_E1 = _rows(p.detach()), _rows(p.grad), self.state[p]["sum"]
-                if group["l2"]:
-                    g_ED = g_ED + group["l2"] * w_ED * touched_rows(g_ED)[:, None]
-                s_E1 += g_ED.square().mean(dim=1, keepdim=True)
-                w_ED.addcdiv_(g_ED, s_E1.sqrt() + group["eps"], value=-group["lr"])
-
-
-def _rows(p: Tensor) -> Tensor:
-    return p if p.dim() == 2 else p.view(1, -1)

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: w -= lr * g."""
+"""Stochastic gradient descent: w -= lr * (g + l2 * w)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from trainer.config import Plugin
 
 
 class Config(Plugin):
-    """momentum and l2 (added to the gradient) are for the dense layers; FBGEMM's fused SGD has neither."""
+    """momentum is for the dense layers; on tables SGD has none."""
 
     kind: str = "sgd"
     lr: float = Field(gt=0)
@@ -27,13 +27,19 @@ def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
     return {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": config.lr}
 
 
-def replicated(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    _check_for_tables(config)
-    return torch.optim.SGD(params, lr=config.lr)
-
-
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.l2)
+
+
+def row_state(p_ED: Tensor) -> dict[str, Tensor]:
+    return {}
+
+
+def update_rows(
+    config: Config, w_UD: Tensor, g_UD: Tensor, states: Sequence[Tensor], *, lr: float, step: int | None
+) -> None:
+    _check_for_tables(config)
+    w_UD.sub_(g_UD + config.l2 * w_UD, alpha=lr)
 
 
 def state_bytes_per_row(config: Config, dim: int) -> int:
@@ -41,9 +47,8 @@ def state_bytes_per_row(config: Config, dim: int) -> int:
 
 
 def _check_for_tables(config: Config) -> None:
-    for key in ("momentum", "l2"):
-        if getattr(config, key):
-            raise UserError(
-                f"optim.sparse.{key} = {getattr(config, key)}: SGD on tables has no {key}; leave it out, "
-                f'or use kind = "rowwise_adagrad", which has l2'
-            )
+    if config.momentum:
+        raise UserError(
+            f"optim.sparse.momentum = {config.momentum}: SGD on tables has no momentum; leave it out, or use "
+            f'kind = "rowwise_adagrad"'
+        )

@@ -1,0 +1,135 @@
+"""Plans without a process group: where explicit shardings go, what plan.json says, what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.errors import UserError
+from sharding import topology
+from sharding.embeddings import build_embeddings
+from sharding.plan import describe, has_fused_tables, make_plan
+from sharding.tables.base import SHARDING_TYPES, Table
+from trainer.optim import rowwise_adagrad
+
+CPU = torch.device("cpu")
+
+
+class Task(nn.Module):
+    def __init__(self, *tables: Table) -> None:
+        super().__init__()
+        self.embeddings = build_embeddings(tables=tables, features=[f for t in tables for f in t.features])
+
+
+def plan_of(*tables: Table, world: int, local: int | None = None) -> dict:
+    task = Task(*tables)
+    plan = make_plan(task, world_size=world, local_world_size=local or world, device=CPU, batch_size=64)
+    state = rowwise_adagrad.Config(lr=0.1)
+    described = describe(
+        plan, task, world_size=world, state_bytes_per_row=lambda dim: rowwise_adagrad.state_bytes_per_row(state, dim)
+    )
+    assert has_fused_tables(plan) == any(t["sharding"] != "data_parallel" for t in described["tables"])
+    return described
+
+
+def table(sharding: str, *, rows: int = 10, dim: int = 16, name: str = "t") -> Table:
+    return Table(name=name, rows=rows, dim=dim, features=(f"{name}1", f"{name}2"), sharding=sharding)
+
+
+def extents(described: dict) -> list[tuple[int, list[int], list[int]]]:
+    return [(s["rank"], s["rows"], s["cols"]) for s in described["tables"][0]["shards"]]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "parts"),
+    [
+        ("data_parallel", [([0, 10], [0, 16])] * 4),
+        ("table_wise", [([0, 10], [0, 16])]),
+        ("row_wise", [([0, 3], [0, 16]), ([3, 6], [0, 16]), ([6, 9], [0, 16]), ([9, 10], [0, 16])]),
+        ("column_wise", [([0, 10], [c, c + 4]) for c in (0, 4, 8, 12)]),
+        ("table_row_wise", [([0, 5], [0, 16]), ([5, 10], [0, 16])]),
+        ("table_column_wise", [([0, 10], [0, 8]), ([0, 10], [8, 16])]),
+        ("grid_shard", [(r, c) for c in ([0, 8], [8, 16]) for r in ([0, 5], [5, 10])]),
+    ],
+)
+def test_explicit_shardings_on_two_hosts_of_two_ranks(sharding, parts):
+    described = plan_of(table(sharding), world=4, local=2)
+    assert [(rows, cols) for _, rows, cols in extents(described)] == parts
+    assert described["tables"][0]["sharding"] == sharding
+    ranks = [rank for rank, _, _ in extents(described)]
+    if sharding in ("data_parallel", "row_wise", "column_wise", "grid_shard"):
+        assert sorted(ranks) == [0, 1, 2, 3]
+    if sharding in ("table_row_wise", "table_column_wise"):
+        assert len({rank // 2 for rank in ranks}) == 1 and len(set(ranks)) == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("sharding", [*SHARDING_TYPES, "auto"])
+def test_the_parts_cover_the_table_once_and_the_bytes_add_up(sharding, world):
+    tables = [table(sharding, rows=1000 + i, dim=8 * (i + 1), name=f"t{i}") for i in range(3)]
+    described = plan_of(*tables, world=world)
+    assert described["world_size"] == world and [r["rank"] for r in described["ranks"]] == list(range(world))
+    assert all(r["device"].startswith("cpu") for r in described["ranks"])
+    for t, entry in zip(tables, described["tables"], strict=True):
+        copies = world if sharding == "data_parallel" else 1
+        cells = torch.zeros(t.rows, t.dim, dtype=torch.int64)
+        for shard in entry["shards"]:
+            (r0, r1), (c0, c1) = shard["rows"], shard["cols"]
+            cells[r0:r1, c0:c1] += 1
+            assert shard["bytes"] == 4 * (r1 - r0) * (c1 - c0)
+        assert (cells == copies).all()
+        assert (entry["name"], entry["rows"], entry["dim"]) == (t.name, t.rows, t.dim)
+        assert entry["features"] == list(t.features) and entry["kind"] == "standard"
+        assert entry["bytes"] == 4 * t.rows * t.dim * copies
+        column_parts = len({tuple(s["cols"]) for s in entry["shards"]})
+        assert entry["optimizer_bytes"] == 4 * t.rows * copies * column_parts
+    for key, total in (("table_bytes", "bytes"), ("optimizer_bytes", "optimizer_bytes")):
+        assert sum(r[key] for r in described["ranks"]) == sum(t[total] for t in described["tables"])
+
+
+def test_whole_tables_are_spread_over_the_ranks():
+    described = plan_of(*(table("table_wise", rows=5000, name=f"t{i}") for i in range(8)), world=4)
+    assert [r["table_bytes"] for r in described["ranks"]] == [2 * 5000 * 16 * 4] * 4
+
+
+def test_a_dim_that_is_no_multiple_of_four_is_stored_wider():
+    (entry,) = plan_of(table("column_wise", dim=6), world=2)["tables"]
+    assert entry["dim"] == 6 and [s["cols"] for s in entry["shards"]] == [[0, 4], [4, 8]]
+
+
+def test_columns_that_do_not_divide_by_the_ranks_take_fewer_parts():
+    assert [cols for _, _, cols in extents(plan_of(table("column_wise", dim=12), world=4))] == [[0, 4], [4, 8], [8, 12]]
+
+
+@pytest.mark.parametrize(
+    ("tables", "world", "local", "words"),
+    [
+        ([table("column_wise", dim=4)], 2, 2, ["'t'", "column_wise", "2 ranks", "dim 4", "multiple of 4"]),
+        ([table("table_column_wise", dim=3)], 4, 2, ["'t'", "dim 3", "table_wise"]),
+        ([table("grid_shard", dim=4)], 4, 2, ["'t'", "grid_shard", "dim 4"]),
+        (
+            [table("row_wise", rows=9), table("row_wise", rows=3, name="u"), table("row_wise", name="v")],
+            4,
+            4,
+            ["2 tables", '"t", "u"', "9, 3 rows", "4 parts", "[[tables.override]]"],
+        ),
+        ([table("table_row_wise", rows=1)], 4, 2, ['"t"', "2 parts"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tables, world, local, words):
+    with pytest.raises(UserError) as error:
+        plan_of(*tables, world=world, local=local)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_tables_too_large_for_the_memory_are_refused_with_sizes(monkeypatch):
+    monkeypatch.setattr(topology, "host_memory_bytes", lambda: 2**30)
+    with pytest.raises(UserError) as error:
+        plan_of(table("table_wise", rows=20_000_000, name="huge"), table("table_wise"), world=2)
+    message = str(error.value)
+    assert all(w in message for w in ("1.19 GiB", "'huge'", "2 ranks", "0.50 GiB", "row_wise")), message
+
+
+def test_auto_does_not_cut_a_table_into_more_parts_than_it_has_rows():
+    for rows in range(1, 10):
+        described = plan_of(table("auto", rows=rows), world=4)
+        assert all(r1 > r0 for _, (r0, r1), _ in extents(described))
