@@ -1,9 +1,9 @@
 """Synthetic data with a planted model: the best possible AUC and log loss are known exactly.
 
-`synthetic:criteo` looks like Criteo's display-advertising data; `synthetic:zipf4` is a small bed for comparing embedding
-tables.  Rows are independent and alike, so the splits are stretches of one sequence.  Chunk c of 32,768 rows comes from
-Philox keyed by (seed, c + 1), the planted weights from the key (seed, 0): every value depends on the seed and its row
-alone, not on threads or the order of work.
+`synthetic:criteo` looks like Criteo's display-advertising data; `synthetic:zipf4` is a small bed for comparing
+embedding tables.  Rows are independent and alike, so the splits are stretches of one sequence.  Chunk c of 32,768 rows
+comes from Philox keyed by (seed, c + 1), the planted weights from the key (seed, 0): every value depends on the seed and
+its row alone, not on threads or the order of work.
 
 Letters in names: N rows of a chunk, L ids, E ids of a feature, R rank of the planted interaction.
 """
@@ -11,7 +11,7 @@ Letters in names: N rows of a chunk, L ids, E ids of a feature, R rank of the pl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -124,15 +124,17 @@ class Criteo:
 
     SPLITS = (("train", 0.8), ("valid", 0.1), ("test", 0.1))
     LABEL = "label"
-    MULTI_HOT = {"C3": 3.0, "C12": 2.0, "C21": 4.0}  # mean ids of a bag that is not empty, geometric
-    MISSING = {"C4": 0.05, "C12": 0.1, "C19": 0.4, "C20": 0.4, "C22": 0.7, "C25": 0.4, "C26": 0.4}
+    MULTI_HOT: ClassVar = {"C3": 3.0, "C12": 2.0, "C21": 4.0}  # mean ids of a bag that is not empty, geometric
+    MISSING: ClassVar = {"C4": 0.05, "C12": 0.1, "C19": 0.4, "C20": 0.4, "C22": 0.7, "C25": 0.4, "C26": 0.4}
     DENSE_MISSING = (0.4, 0.0, 0.2, 0.2, 0.03, 0.2, 0.04, 0.0, 0.04, 0.4, 0.04, 0.7, 0.2)
     PAIRS = (("C1", "C2"), ("C5", "C8"), ("C6", "C14"), ("C17", "C23"), ("C11", "C9"), ("C19", "C25"))
     RANK = 2
     FEATURE_SCALE, HALF_RANK, PAIR_SCALE = 0.22, 20.0, 0.75
     INTERCEPT = -1.55
     EXPONENTS = (1.2, 1.6)
-    DENSE_SCALE = 0.12
+    DENSE_SCALE = 0.15
+    BENT = ("I6",)  # counts whose effect is a parabola, so that a straight line does not say all
+    GONE_EFFECT: ClassVar = {"I1": 0.4, "I10": -0.4}  # of a missing count, beyond that of the 0 it is written as
 
     words = "planted: Criteo-like, id effects, dot products of pairs, effects of counts and of what is missing"
 
@@ -158,10 +160,9 @@ class Criteo:
             ids = self.features[name]
             self._vector[name] = random.standard_normal((ids, self.RANK), dtype=np.float32) * self._shrink(ids)[:, None]
         self._missing_effect = {name: 0.3 * random.standard_normal() for name in self.MISSING}
-        self._dense_mean = random.uniform(1.0, 4.0, 13)
-        self._dense_spread = random.uniform(0.5, 1.5, 13)
+        self._dense_mean = random.uniform(1.0, 2.5, 13)
+        self._dense_spread = random.uniform(0.6, 1.2, 13)
         self._dense_effect = self.DENSE_SCALE * random.standard_normal(13)
-        self._dense_missing_effect = 0.3 * random.standard_normal(13)
 
     def _shrink(self, ids: int) -> np.ndarray:
         return (1.0 / np.sqrt(1.0 + np.arange(ids) / self.HALF_RANK)).astype(np.float32)
@@ -181,11 +182,12 @@ class Criteo:
             count_N = 1.0 + np.floor(np.exp(self._dense_mean[i] + self._dense_spread[i] * z_N))
             gone_N = random.random(rows) < self.DENSE_MISSING[i]
             logged_N = np.where(gone_N, 0.0, np.log1p(count_N)).astype(np.float32)
-            centred_N = (logged_N - self._dense_mean[i]) / self._dense_spread[i]
-            effect = self._dense_effect[i]
-            # Every third one bends, so that a straight line does not say all.
-            shape_N = np.minimum(centred_N**2, 9.0) - 1.0 if i % 3 == 0 else centred_N
-            logit_N += np.where(gone_N, self._dense_missing_effect[i], effect * shape_N)
+            centred_N = ((logged_N - self._dense_mean[i]) / self._dense_spread[i]).clip(-3.0, 3.0)
+            if name in self.BENT:
+                centred_N = centred_N**2 - 1.0
+            logit_N += self._dense_effect[i] * centred_N
+            if name in self.GONE_EFFECT:
+                logit_N += self.GONE_EFFECT[name] * gone_N
             dense[name] = pa.array(logged_N)
         sparse: dict[str, pa.Array] = {}
         single: dict[str, np.ndarray] = {}
@@ -240,8 +242,8 @@ def prepare(
 ) -> Dataset:
     """Generate and write `synthetic:KIND`; `options` as its options class validated them.
 
-    Memory: 9 bytes for each row of the largest split (its probabilities and labels, sorted at its end), 8 bytes for each
-    id of each feature, and 2 * threads chunks.
+    Memory: 9 bytes for each row of a split (its probabilities and labels, sorted at its end), 8 bytes for each id of
+    each feature, and 2 * threads chunks.
     """
     planted = KINDS[kind][0](options)
     sizes = share_out(options.rows, planted.SPLITS)
@@ -289,7 +291,7 @@ def prepare(
 
 def share_out(rows: int, shares: tuple[tuple[str, float], ...]) -> dict[str, int]:
     """Rows of each split; what rounding leaves goes to the first.  (10, train .8, test .2) -> {train: 8, test: 2}."""
-    sizes = {name: int(round(rows * share)) for name, share in shares}
+    sizes = {name: round(rows * share) for name, share in shares}
     first = shares[0][0]
     sizes[first] += rows - sum(sizes.values())
     empty = [name for name, size in sizes.items() if size < 1]
@@ -301,8 +303,8 @@ def share_out(rows: int, shares: tuple[tuple[str, float], ...]) -> dict[str, int
 def bayes_of(probability_N: np.ndarray, label_N: np.ndarray) -> Bayes:
     """What the true probabilities score: expected over the labels, and on the labels drawn.
 
-    auc = sum over pairs i, j of p_i (1 - p_j) ([p_i > p_j] + [p_i = p_j] / 2) / (sum p * sum (1 - p)), i and j different
-    rows; logloss = mean entropy in nats.  Exact in O(N log N): rows of equal p are one group, which meets the (1 - p)
+    auc = sum over pairs i, j of p_i (1 - p_j) ([p_i > p_j] + [p_i = p_j] / 2) / sum over pairs p_i (1 - p_j), i and j
+    different rows; logloss = mean entropy in nats.  Exact in O(N log N): rows of equal p are one group, which meets the (1 - p)
     of the groups below it in full and half of its own pairs.  Example: p = [0.2, 0.8] -> auc = 0.64 / 0.68.
     """
     p, group_N, size = np.unique(probability_N, return_inverse=True, return_counts=True)

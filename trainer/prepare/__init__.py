@@ -45,8 +45,8 @@ def prepare(
     progress: called as (done, total, text), see `Progress`.
 
     existing says what happens when `dest` is a finished dataset: "error" raises, "reuse" returns it if it was made from
-    the same inputs (source, sizes and times of the files, spec, options) and raises otherwise, "replace" makes it anew and
-    keeps the old one until the new one is whole.
+    the same inputs (source, sizes and times of the files, spec, options) and raises otherwise, "replace" makes it anew
+    and keeps the old one until the new one is whole.
     Raises UserError for what is wrong with the input; nothing is left at `dest` then.
     """
     report = progress or (lambda done, total, text: None)

@@ -39,7 +39,8 @@ def check(file: File) -> None:
         raise UserError(f"{file.path}: has 39 columns, so it is Criteo's test file without labels; give train.txt")
     if fields != 40:
         raise UserError(
-            f"{file.path}: line 1 has {fields} tab-separated fields; Criteo's files have 40: label, 13 integers, 26 categories"
+            f"{file.path}: line 1 has {fields} tab-separated fields; Criteo's files have 40: "
+            "label, 13 integers, 26 categories"
         )
 
 

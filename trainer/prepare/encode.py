@@ -149,13 +149,12 @@ def transform_dense(values: pa.Array, how: DenseColumns) -> tuple[np.ndarray, np
     return x_N, missing_N
 
 
-def encode_dense(values: pa.Array, role: Role, fitted: Fitted) -> tuple[np.ndarray, int]:
-    """(float32 N, how many were missing).  A missing value is 0 after the transforms."""
+def encode_dense(values: pa.Array, role: Role, fitted: Fitted) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 N, missing bool N).  A missing value is 0 after the transforms."""
     x_N, missing_N = transform_dense(values, role.how)
     if role.how.standardise:
         x_N = (x_N - fitted.mean[role.name]) / (fitted.std[role.name] or 1.0)
-    x_N[missing_N] = 0.0
-    return x_N.astype(np.float32), int(missing_N.sum())
+    return np.where(missing_N, 0.0, x_N).astype(np.float32), missing_N
 
 
 def bucketise(values: pa.Array, role: Role, fitted: Fitted) -> tuple[np.ndarray, np.ndarray]:
@@ -204,8 +203,8 @@ def check_range(bags: Bags, role: Role, rows: Rows) -> None:
     row = at if bags.offsets is None else int(np.searchsorted(bags.offsets, at, side="right")) - 1
     rule = f"lie in 0..{role.how.rows - 1}" if role.how.rows is not None else "are not negative"
     raise UserError(
-        f"{rows.block.place(int(rows.row[row]))}: column {role.column!r}: id {int(ids_L[at])}: ids taken as they are {rule}; "
-        "raise rows in the spec, or use ids = 'vocab' or 'hash'"
+        f"{rows.block.place(int(rows.row[row]))}: column {role.column!r}: id {int(ids_L[at])}: ids taken as they are "
+        f"{rule}; raise rows in the spec, or use ids = 'vocab' or 'hash'"
     )
 
 

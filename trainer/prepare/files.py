@@ -5,8 +5,8 @@
     writing
 
 Every pass reads and parses in `threads` threads and takes the blocks in order.  Memory: 2 * threads blocks (8 MiB of
-text, or 65,536 rows of Parquet, each about five times that while it is worked on), one row group of each split, 40 bytes
-a distinct value of every vocabulary, 32 bytes a distinct id of every hashed or as_is feature, and 16 MiB for each
+text, or 65,536 rows of Parquet, each about five times that while it is worked on), one row group of each split, 40
+bytes a distinct value of every vocabulary, 32 bytes a distinct id of every hashed or as_is feature, and 16 MiB for each
 set of quantiles.  It does not grow with the number of rows.
 """
 
@@ -205,7 +205,8 @@ class _Work:
         shown = "".join(f"\n  {r.file}, {word} {r.row}: {r.reason}" for r in self.rejected.first)
         raise _TooManyRejected(
             f"{rejected} of {rows} {word}s are malformed, {rejected / rows:.2%}, and max_rejected allows "
-            f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected to leave them out. The first:{shown}"
+            f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected to leave them out. "
+            f"The first:{shown}"
         )
 
     def _times(self, rows: Rows) -> np.ndarray | None:
@@ -362,12 +363,11 @@ class _Work:
         labels = [encode.encode_label(rows.columns[r.column, r.kind], r.how) for r in self.roles.labels]
         columns += [pa.array(y_N) for y_N in labels]
         for role in self.roles.dense:
-            values = rows.columns[role.column, role.kind]
-            x_N, _ = encode.encode_dense(values, role, self.fitted)
+            x_N, missing_N = encode.encode_dense(rows.columns[role.column, role.kind], role, self.fitted)
             columns.append(pa.array(x_N))
             of_train = x_N[train_N].astype(np.float64)
             dense_sums[role.name] = (float(of_train.sum()), float((of_train**2).sum()))
-            missing[role.name] = int(np.count_nonzero(_missing(values) & train_N))
+            missing[role.name] = int(np.count_nonzero(missing_N & train_N))
         for role in self.roles.categorical:
             if encode.is_bucketised(role.how):
                 ids_N, present_N = encode.bucketise(rows.columns[role.column, role.kind], role, self.fitted)
@@ -454,11 +454,6 @@ class _Work:
         return make_stats(
             counts, rows=self._seen.rows, missing=missing, max_per_bag=self._seen.longest[role.name], unseen=unseen
         )
-
-
-def _missing(values: pa.Array) -> np.ndarray:
-    gone_N = np.asarray(values.is_null(nan_is_null=True))
-    return gone_N
 
 
 def _present_keys(bags: encode.Bags, keep_N: np.ndarray) -> np.ndarray:

@@ -27,7 +27,10 @@ for _digit, _char in enumerate(b"0123456789abcdef"):
 
 
 def mix64(x: np.ndarray | int) -> np.ndarray:
-    """splitmix64 of each uint64: a bijection whose output bits all depend on all input bits. mix64(0) = 0xe220a8397b1dcdaf."""
+    """splitmix64 of each uint64: a bijection, every output bit depending on all of the input.
+
+    mix64(0) = 0xe220a8397b1dcdaf.
+    """
     with np.errstate(over="ignore"):
         z = np.asarray(x, np.uint64) + _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
@@ -220,8 +223,8 @@ class Vocabulary:
 class Sample:
     """A sample of (row key, number) pairs for quantiles: all of them up to `limit`, then those with the smallest keys.
 
-    Row keys are hashes, so the sample is random and does not depend on the order of adding.  With 2**20 numbers a quantile
-    q is off by sqrt(q (1-q) / 2**20), 0.05% of the rows at most, one standard deviation.
+    Row keys are hashes, so the sample is random and does not depend on the order of adding.  With 2**20 numbers a
+    quantile q is off by sqrt(q (1-q) / 2**20), 0.05% of the rows at most, one standard deviation.
     """
 
     def __init__(self, limit: int = 1 << 20) -> None:

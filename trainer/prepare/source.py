@@ -87,7 +87,7 @@ class Rows:
 
 
 def find_files(source: str, *, split: str | None = None, first: int = 0, format: str | None = None) -> list[File]:
-    """The files that a path, glob, folder, or several of these separated by commas, name; sorted within each of them."""
+    """The files that a path, glob, folder, or several of these separated by commas, name; each in sorted order."""
     found: list[Path] = []
     for part in filter(None, (p.strip() for p in source.split(","))):
         path = Path(part)
@@ -135,10 +135,7 @@ class Reader:
     def _columns(self, file: File) -> list[str]:
         if file.format == "parquet":
             return _open_parquet(file).schema_arrow.names
-        if self.source.columns is not None:
-            names = list(self.source.columns)
-        else:
-            names = self._header(file)
+        names = self._header(file) if self.source.columns is None else list(self.source.columns)
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise UserError(
@@ -235,7 +232,7 @@ class Reader:
                 block, rest = text[:end], text[end:]
                 # Position in the packed file: what progress can be measured by.
                 yield Block(file, line, block, None, before + raw.tell())
-                empty = empty and not block.strip()
+                empty = empty and block.isspace()
                 line += block.count(b"\n")
                 if not piece:
                     break
@@ -298,7 +295,7 @@ class Reader:
 
     def _parse_text(self, block: Block) -> Rows:
         types = self._types()
-        if not block.text.strip():
+        if block.text.isspace():
             empty = {(r.column, r.kind): pa.array([], self._final(r)) for r in self.roles.all}
             return Rows(block, empty, np.zeros(0, np.int64), [])
         try:
@@ -317,8 +314,8 @@ class Reader:
 
     def _misread(self, block: Block) -> UserError:
         return UserError(
-            f"{block.place(block.first_row)}: somewhere in the next {len(block.text)} bytes, quotes do not pair up or a line "
-            'ends in a lone carriage return; where quotes are plain text, set quote = "" under [source] in the spec'
+            f"{block.place(block.first_row)}: somewhere in the next {len(block.text)} bytes, quotes do not pair up or a "
+            'line ends in a lone carriage return; where quotes are plain text, set quote = "" under [source] in the spec'
         )
 
     def _final(self, role: Role) -> pa.DataType:

@@ -175,7 +175,7 @@ class Roles:
 
     @classmethod
     def resolve(cls, spec: Spec, columns: list[str], *, where: str) -> "Roles":
-        """UserError for a column that `where` (the file whose columns these are) lacks and for two roles of one name."""
+        """UserError for a column that `where` (the file with these columns) lacks and for two roles of one name."""
 
         def role(name: str | None, column: str, kind: str, how: Any, key: str) -> Role:
             if column not in columns:
@@ -216,7 +216,8 @@ class Roles:
         for each in roles.all:
             if each.name in seen:
                 raise UserError(
-                    f"two columns of the dataset would be called {each.name!r}; give one of them another name in the spec"
+                    f"two columns of the dataset would be called {each.name!r}; "
+                    "give one of them another name in the spec"
                 )
             seen.add(each.name)
         if not dense and not categorical:
@@ -247,7 +248,8 @@ def choose_split(spec: SplitSpec, options: FileOptions) -> SplitSpec:
     shares = [s for s in (found.valid, found.test) if isinstance(s, float)]
     if any(not 0 < s < 1 for s in shares) or sum(shares) >= 1:
         raise UserError(
-            f"split: valid = {found.valid}, test = {found.test}: shares lie between 0 and 1 and leave some rows to train"
+            f"split: valid = {found.valid}, test = {found.test}: "
+            "shares lie between 0 and 1 and leave some rows to train"
         )
     if found.by == "random" and (found.valid_from is not None or found.test_from is not None):
         raise UserError("split: valid_from and test_from are for split = 'time'")

@@ -1,7 +1,7 @@
 """Which split a row goes to.
 
-random: by a hash of (seed, place of the file among all files, line or row number), so neither content nor threads matter
-    and each row goes to exactly one split.
+random: by a hash of (seed, place of the file among all files, line or row number), so neither content nor threads
+    matter and each row goes to exactly one split.
 time: train before valid before test; cut at given times, or at quantiles of the times in the source, rows with a time
     equal to a cut going to the later split.
 files: the files given for a split go there whole.

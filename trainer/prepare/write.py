@@ -1,7 +1,7 @@
 """Writing a dataset folder so that a half-written one is never taken for a finished one.
 
-Everything goes to `.NAME.partial` beside DEST; dataset.json is written into it last, then the folder is renamed to DEST.
-Whatever ends the work early (an error, Ctrl-C) removes the partial folder; what a killed process left is removed by the
+Everything goes to `.NAME.partial` beside DEST; dataset.json is written into it last, then the folder is renamed to
+DEST.  Whatever ends the work early (an error, Ctrl-C) removes the partial folder; what a killed process left is removed by the
 next run, which a lock tells from one still at work.
 """
 
@@ -93,8 +93,8 @@ def check_free(dest: Path, *, replace: bool) -> None:
         raise UserError(f"{dest}: the folder holds other files; choose a DEST that does not exist yet")
     if not replace:
         raise UserError(
-            f"{dest}: is a finished dataset already ({load(dest).source}); choose another DEST, or say existing = 'reuse' "
-            "to keep it if it was made from the same inputs, or existing = 'replace' to make it anew"
+            f"{dest}: is a finished dataset already ({load(dest).source}); choose another DEST, or say existing = "
+            "'reuse' to keep it if it was made from the same inputs, or existing = 'replace' to make it anew"
         )
 
 
