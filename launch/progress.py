@@ -64,7 +64,7 @@ class Plain:
             self.line(text, style)
 
     def work(self, done: int, total: int, text: str) -> None:
-        if text != self._work or time.monotonic() - self._last >= PLAIN_SECONDS:
+        if text != self._work or done == total or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._work, self._last = text, time.monotonic()
             self.line(f"{text}: {percent(done, total)}")
 
