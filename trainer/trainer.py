@@ -27,7 +27,7 @@ from trainer.data.parquet import Reader, open_dataset
 from trainer.evaluate import evaluate, predict
 from trainer.metrics import Metrics, StepTimer, peak_memory_bytes
 from trainer.models.base import ModelInputs, init_dense
-from trainer.optim.base import build_optimizer, fused_params, plugin
+from trainer.optim.base import build_optimizer, plugin, table_update
 from trainer.pipeline import Pipeline, build_pipeline
 from trainer.runlog import RunLog
 from trainer.tables import ResolvedTables, resolve
@@ -121,8 +121,8 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
         plan,
         device=world.device,
         seed=config.seed,
-        fused_params=fused_params(config.optim, device=world.device),
         init_dense=init_dense,
+        **table_update(config.optim, plan, device=world.device),
     )
     return Built(
         config=config,

@@ -69,7 +69,7 @@ def make_config(data, run_dir, **sections):
         "eval": {"every": 15},
     }
     for section, changes in sections.items():
-        values[section] = values[section] | changes
+        values[section] = {k: v for k, v in (values[section] | changes).items() if v is not None}
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(configs.validate(configs.Config, values, where="test").to_toml())
 
