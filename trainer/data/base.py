@@ -3,7 +3,7 @@
 The loader (`trainer/data/loader.py`) knows the order, the shuffle, the batches and the threads; a source knows how to
 decode one row group.  So a new format is one file here that implements `Source`.
 
-Letters in shapes: n rows, K dense inputs, T labels, N ids.
+Letters in shapes: n rows, N ids, K dense inputs, T labels.
 """
 
 from dataclasses import dataclass
@@ -13,29 +13,55 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Ids:
-    """The bags of one feature.  Row i's ids are values[offsets[i]:offsets[i+1]], or values[i] where offsets is None."""
+class Bags:
+    """Any number of ids per row: row i's are values[offsets[i]:offsets[i+1]]."""
 
-    values: np.ndarray  # (N,) int32 or int64
-    offsets: np.ndarray | None = None  # (n+1,) int32 or int64, beginning with 0; None: one id in every row
+    values: np.ndarray  # (N,) integers, each inside its table
+    offsets: np.ndarray  # (n+1,) int32 or int64, not falling; need not begin with 0
 
-    def slice(self, start: int, stop: int) -> "Ids":
-        """Rows start .. stop-1, without a copy of the values."""
-        if self.offsets is None:
-            return Ids(self.values[start:stop])
+    def slice(self, start: int, stop: int) -> "Bags":
+        """Rows start .. stop-1, without a copy."""
         offsets = self.offsets[start : stop + 1]
-        return Ids(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
+        return Bags(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """n decoded rows, column by column, everything checked: what is here can be trained on.  Never changed in place."""
+class Shape:
+    """What the batches of a dataset hold.
 
-    rows: int  # n
-    ids: tuple[Ids, ...]  # one per feature, in the dataset's order
-    dense_nK: np.ndarray  # float32, contiguous, finite
-    labels_nT: np.ndarray  # float32, contiguous, finite
-    weight_n: np.ndarray | None  # float32, finite, >= 0; None: all 1
+    features: names in the dataset's order.
+    multi_hot: for each feature, whether it comes as `Bags`; else it is one id, or none, in every row.
+    dense, labels: how many, K and T.
+    weighted: whether rows have weights; else each counts 1.
+    wide: whether an id may exceed int32.
+    """
+
+    features: tuple[str, ...]
+    multi_hot: tuple[bool, ...]
+    dense: int
+    labels: int
+    weighted: bool = False
+    wide: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Columns of float32: dense inputs, labels, weight."""
+        return self.dense + self.labels + self.weighted
+
+
+class Sink(Protocol):
+    """Where a source puts the columns of a row group, one after the other, each right after it was decoded and checked.
+
+    The arrays may be views of the decoder's memory: a sink copies what it needs before it returns.
+    """
+
+    def ids(self, feature: int, ids: "np.ndarray | Bags", holes: bool) -> None:
+        """Feature number `feature`: (n,) integers inside its table, -1 where `holes` and the bag is empty; or Bags."""
+        ...
+
+    def numbers(self, column: int, values: np.ndarray) -> None:
+        """(n,) finite float32.  column: the K dense inputs come first, then the T labels, then the weight if any."""
+        ...
 
 
 class Source(Protocol):
@@ -44,6 +70,9 @@ class Source(Protocol):
     `read` is called from several threads at once.  It is called for each row group once or a few times in an epoch, in
     the order of the epoch's permutation, so it may not rely on going forward.
     """
+
+    @property
+    def shape(self) -> Shape: ...
 
     @property
     def row_groups(self) -> tuple[int, ...]:
@@ -57,9 +86,10 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, row_group: int) -> Columns:
-        """Decode row group number `row_group` of the split, every value checked and the id policy applied.
+    def read(self, row_group: int, sink: Sink) -> None:
+        """Decode row group number `row_group` of the split and give every column to `sink` once.
 
-        Raises UserError naming column, file, row group (numbered in its file) and row (numbered in the row group).
+        Every value is checked and the id policy applied before.  Raises UserError naming column, file, row group
+        (numbered in its file) and row (numbered in the row group).
         """
         ...

@@ -1,4 +1,4 @@
-"""One Parquet row group -> `Columns`: types, missing values, ids out of range, numbers that are not finite.
+"""One Parquet row group -> checked columns: types, missing values, ids out of range, numbers that are not finite.
 
 Everything works on whole columns; a single row is looked at only to name it in an error.
 
@@ -20,8 +20,7 @@ import pyarrow.types as pt
 
 from kernels.errors import UserError
 from kernels.registry import nearest
-from trainer.data.base import Columns, Ids
-from trainer.data.memory import Pool
+from trainer.data.base import Bags, Sink
 from trainer.data.order import hash64
 
 IdPolicy = Literal["error", "clip", "hash"]
@@ -34,7 +33,7 @@ class Feature:
 
     rows: of the table it looks up in; ids are 0 .. rows-1.
     table: its table's name, for errors.
-    multi_hot: True: a list column; False: one id or a null; None: either.
+    multi_hot: True: a list column; False: one id or a null; None: either, for `check_schema` only.
     """
 
     name: str
@@ -90,38 +89,32 @@ def check_schema(schema: pa.Schema, spec: Spec, where: str) -> None:
             )
 
 
-def decode(table: pa.Table, spec: Spec, where: str, pool: Pool) -> Columns:
-    """The rows of one row group, copied out of the table so that Arrow can use its memory again at once.
+def decode(table: pa.Table, spec: Spec, where: str, sink: Sink) -> None:
+    """Check the columns of one row group and give them to `sink`, as views of the table's memory where types allow it.
 
     where: file and row group, for errors.
     """
-    n = table.num_rows
-    dense_nK = pool.array((n, len(spec.dense)), np.float32)
-    for k, name in enumerate(spec.dense):
-        dense_nK[:, k] = _numbers(table, name, where)
-    labels_nT = pool.array((n, len(spec.labels)), np.float32)
-    for t, name in enumerate(spec.labels):
-        labels_nT[:, t] = _numbers(table, name, where)
-    weight_n = None
+    for number, name in enumerate((*spec.dense, *spec.labels)):
+        sink.numbers(number, _numbers(_one_array(table.column(name)), name, where))
     if spec.weight is not None:
-        weight_n = pool.copy(_numbers(table, spec.weight, where))
-        if n and weight_n.min() < 0:
-            row = int(np.argmax(weight_n < 0))
+        weight = _numbers(_one_array(table.column(spec.weight)), spec.weight, where)
+        if weight.min(initial=0) < 0:
+            row = int(np.argmax(weight < 0))
             raise UserError(
-                f"{where}, row {row}: weight {spec.weight!r} is {weight_n[row]:g}; weights must be at least 0"
+                f"{where}, row {row}: weight {spec.weight!r} is {weight[row]:g}; weights must be at least 0"
             )
-    ids = tuple(_ids(table, feature, where, pool) for feature in spec.features)
-    return Columns(rows=n, ids=ids, dense_nK=dense_nK, labels_nT=labels_nT, weight_n=weight_n)
+        sink.numbers(len(spec.dense) + len(spec.labels), weight)
+    for number, feature in enumerate(spec.features):
+        array = _one_array(table.column(feature.name))
+        sink.ids(number, _ids(array, feature, where), array.null_count > 0)
 
 
-def _array(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name)
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _numbers(table: pa.Table, name: str, where: str) -> np.ndarray:
+def _numbers(array: pa.Array, name: str, where: str) -> np.ndarray:
     """(n,) float32, finite."""
-    array = _array(table, name)
     if array.null_count:
         row = int(np.argmax(np.asarray(array.is_null())))
         raise UserError(
@@ -140,22 +133,19 @@ def _numbers(table: pa.Table, name: str, where: str) -> np.ndarray:
     return values
 
 
-def _ids(table: pa.Table, feature: Feature, where: str, pool: Pool) -> Ids:
-    array = _array(table, feature.name)
-    offsets = None
-    if is_list(array.type):
-        # A null list takes no room in what Parquet's reader returns, so a null is an empty bag without further ado.
-        offsets = np.asarray(array.offsets)
-        array = array.values[offsets[0] : offsets[-1]] if len(offsets) else array.values
-        offsets = offsets - offsets[0] if len(offsets) and offsets[0] else offsets
-        if array.null_count:  # a missing id inside a bag is dropped
-            offsets = _running_count(np.asarray(array.is_valid()))[offsets]
-            array = array.drop_null()
-    elif array.null_count:
-        offsets = _running_count(np.asarray(array.is_valid()))
-        array = array.drop_null()
-    values = _in_range(np.asarray(array), offsets, feature, where)
-    return Ids(pool.copy(values), None if offsets is None else pool.copy(offsets))
+def _ids(array: pa.Array, feature: Feature, where: str) -> np.ndarray | Bags:
+    if not feature.multi_hot:
+        if not array.null_count:
+            return _in_range(np.asarray(array), None, feature, where)
+        missing = np.asarray(array.is_null())
+        ids = _in_range(np.asarray(array.fill_null(0)), None, feature, where)
+        return np.where(missing, ids.dtype.type(-1), ids)
+    # A null list takes no room in what Parquet's reader returns, so a null is an empty bag without further ado.
+    offsets, ids = np.asarray(array.offsets), array.values
+    if ids.null_count:  # a missing id inside a bag is dropped
+        offsets = _running_count(np.asarray(ids.is_valid()))[offsets]
+        ids = ids.drop_null()
+    return Bags(_in_range(np.asarray(ids), offsets, feature, where), offsets)
 
 
 def _running_count(flags: np.ndarray) -> np.ndarray:

@@ -3,28 +3,32 @@
 The pieces, smallest first:
 
     Once         a piece of work that whoever needs it first does, and everyone else waits for
-    RowGroups    decoded row groups, each decoded once while it is in the cache
+    visits       which row groups a rank decodes, each for all the streams that want it at about the same time
     Assembler    which blocks of which stream a step needs, and the work that makes its batch of them
     Batches      the iterator: `threads` workers that assemble the next `prefetch` batches and decode the next blocks
 
-A block is a run of consecutive rows of one stream after its shuffle: whole windows, at least BLOCK_ROWS rows.  Batches
-are slices of blocks (`trainer/data/assemble.py`), so the cost per row hardly depends on the window.
+A block is a run of consecutive rows of one stream after its shuffle: whole windows, at least BLOCK_ROWS rows.  A row
+group is copied into its blocks as soon as it is decoded, and batches are slices of blocks (`assemble.py`), so the cost
+per row hardly depends on the window.
 
-Memory of a rank, at most: two blocks for each of its streams (max(window, BLOCK_ROWS) rows, plus what a window leaves
-to round up), streams + threads decoded row groups in the cache and one more per thread, and prefetch + threads batches.
-A row is 4 bytes per label, dense input, single-hot int32 id and multi-hot id (8 for int64 ids), 8 per id in a batch.
+Memory of a rank, at most: for each of its streams two blocks (max(window, BLOCK_ROWS) rows each, rounded up to whole
+windows) and the rest of the row group that it is reading; for each thread one decoded row group and the unshuffled copy
+of a block; prefetch + threads batches.  A row takes 4 bytes per label, dense input and id (8 per id of tables with more
+than 2**31 rows, and per id in a batch).
 """
 
 import itertools
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from queue import PriorityQueue
-from typing import Any
+from typing import Any, NamedTuple
 
-from trainer.data.assemble import Block, Piece, Shape, Slice, build, gather
-from trainer.data.base import Columns, Source
+from trainer.data.assemble import Block, Filling, Scatter, Slice, Target, build
+from trainer.data.base import Source
 from trainer.data.batch import Batch
 from trainer.data.memory import Pool
 from trainer.data.order import Epoch
@@ -51,7 +55,7 @@ class Once:
         try:
             self._result = work()
         except BaseException as error:  # handed to everyone who asks for the result
-            self._error = error
+            self._error, self._traceback = error, error.__traceback__
         finally:
             self._done.set()
 
@@ -59,35 +63,50 @@ class Once:
         """Wait for whoever runs it; raises what the work raised."""
         self._done.wait()
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(self._traceback)  # raised many times, it would grow at each
         return self._result
 
 
-class RowGroups:
-    """Decoded row groups, the most recently used ones kept."""
+class Part(NamedTuple):
+    """Rows start .. stop-1 of a row group, which stand at the places `at` and after it of a stream."""
 
-    def __init__(self, source: Source, capacity: int):
-        self._source = source
-        self._capacity = capacity
-        self._kept: OrderedDict[int, Once] = OrderedDict()
-        self._lock = threading.Lock()
+    stream: int
+    at: int
+    start: int
+    stop: int
 
-    def get(self, row_group: int) -> Columns:
-        with self._lock:
-            entry = self._kept.get(row_group)
-            if entry is None:
-                entry = self._kept[row_group] = Once(lambda: self._source.read(row_group))
-            self._kept.move_to_end(row_group)
-            while len(self._kept) > self._capacity:
-                self._kept.popitem(last=False)
-        entry.run()
-        return entry.result()
 
-    def finished(self, row_group: int) -> None:
-        """A stream has read the last row it needs: the row group is the next to go when room is needed."""
-        with self._lock:
-            if row_group in self._kept:
-                self._kept.move_to_end(row_group, last=False)
+@dataclass
+class Visit:
+    """One decoding of one row group, for all the streams that want rows of it at about the same time."""
+
+    row_group: int
+    parts: list[Part]
+    once: Once | None = None
+
+
+def visits(epoch: Epoch, streams: range, block_rows: int, first_place: int) -> list[Visit]:
+    """What a rank decodes from place `first_place` of its streams on, in no particular order.
+
+    Neighbouring streams may share a row group.  They get it from one visit where their places lie within a block of
+    each other, which in a small dataset is always; a stream that needs it much later decodes it again, as holding it
+    until then would cost memory.
+    """
+    open_visits: dict[int, Visit] = {}
+    found = []
+    parts = []
+    for stream in streams:
+        at = first_place
+        for piece in epoch.pieces(stream, first_place, epoch.order.stream_rows(stream)):
+            parts.append((piece.row_group, Part(stream, at, piece.start, piece.stop)))
+            at += piece.stop - piece.start
+    for row_group, part in sorted(parts, key=lambda p: p[1].at):
+        visit = open_visits.get(row_group)
+        if visit is None or part.at - visit.parts[0].at > block_rows:
+            visit = open_visits[row_group] = Visit(row_group, [])
+            found.append(visit)
+        visit.parts.append(part)
+    return found
 
 
 class Assembler:
@@ -96,16 +115,22 @@ class Assembler:
     `plan` is called by the consumer only and costs microseconds; the work it returns may run in any thread.
     """
 
-    def __init__(self, source: Source, epoch: Epoch, shape: Shape, streams: range, threads: int, pool: Pool):
-        self._epoch = epoch
-        self._order = epoch.order
-        self._pool = pool
-        self._shape = shape
+    def __init__(self, source: Source, epoch: Epoch, streams: range, start_step: int, pool: Pool):
+        self._source, self._epoch, self._order, self._pool = source, epoch, epoch.order, pool
         self._streams = streams
-        self._row_groups = RowGroups(source, capacity=len(streams) + threads)
         window = self._order.window if self._order.shuffle else 1
         self._block_rows = -(-BLOCK_ROWS // window) * window
-        self._blocks: dict[tuple[int, int], Once] = {}
+        self._first_block = start_step * self._order.stream_batch // self._block_rows
+        self._blocks: dict[tuple[int, int], Once] = {}  # by stream and number: those that the next steps need
+        self._oldest = dict.fromkeys(streams, self._first_block)
+        self._fillings: dict[tuple[int, int], Filling] = {}
+        self._lock = threading.Lock()  # of the fillings
+        self._visits_of: dict[tuple[int, int], list[Visit]] = {}
+        for visit in visits(epoch, streams, self._block_rows, self._first_block * self._block_rows):
+            for part in visit.parts:
+                for number, _, _ in self._blocks_of(part):
+                    self._visits_of.setdefault((part.stream, number), []).append(visit)
+            visit.once = Once(partial(self._decode, visit))
 
     def plan(self, step: int) -> tuple[Callable[[], Batch], list[Callable[[], None]]]:
         """The work that makes batch `step`, and the work on blocks that later batches will need."""
@@ -115,12 +140,13 @@ class Assembler:
         for i, stream in enumerate(self._streams):
             start, stop = order.step_range(stream, step)
             at = i * order.stream_batch - start
-            for number in range(start // size, -(-stop // size)):
+            first, following = start // size, max(stop - 1, start) // size + 1
+            for number in range(first, -(-stop // size)):
                 wanted.append((at, stream, max(start, number * size), min(stop, (number + 1) * size)))
-            for old in [key for key in self._blocks if key[0] == stream and key[1] < start // size]:
-                del self._blocks[old]
-            following = max(stop - 1, start) // size + 1
-            if following * size < order.stream_rows(stream) and (stream, following) not in self._blocks:
+            for old in range(self._oldest[stream], first):
+                self._blocks.pop((stream, old), None)
+            self._oldest[stream] = first
+            if (stream, following) not in self._blocks and following * size < order.stream_rows(stream):
                 ahead.append(self._block(stream, following).run)
         blocks = [self._block(stream, start // size) for _, stream, start, _ in wanted]
 
@@ -132,27 +158,55 @@ class Assembler:
                 for (at, _, start, stop), block in zip(wanted, blocks, strict=True)
             ]
             rows = len(self._streams) * order.stream_batch
-            return build(slices, self._shape, rows, order.rows_in_step(step), self._pool)
+            return build(slices, self._source.shape, rows, order.rows_in_step(step), self._pool)
 
         return work, ahead
 
     def _block(self, stream: int, number: int) -> Once:
         key = (stream, number)
         if key not in self._blocks:
-            self._blocks[key] = Once(lambda: self._read(stream, number))
+            self._blocks[key] = Once(partial(self._finish, stream, number))
         return self._blocks[key]
 
-    def _read(self, stream: int, number: int) -> Block:
+    def _finish(self, stream: int, number: int) -> Block:
+        needed = self._visits_of[stream, number]
+        for visit in needed:
+            visit.once.run()
+        for visit in needed:
+            visit.once.result()
+        with self._lock:
+            filling = self._fillings.pop((stream, number))
+        return filling.finish()
+
+    def _decode(self, visit: Visit) -> None:
+        first_row = int(self._order.group_starts[visit.row_group])
+        targets = []
+        for part in visit.parts:
+            for number, start, stop in self._blocks_of(part):
+                filling = self._filling(part.stream, number)
+                at = part.at + start - part.start - number * self._block_rows
+                filling.rows(first_row + start, first_row + stop, at)
+                targets.append(Target(filling, start, stop, at))
+        self._source.read(visit.row_group, Scatter(targets))
+
+    def _blocks_of(self, part: Part) -> Iterator[tuple[int, int, int]]:
+        """The blocks that a part reaches into, with the rows of its row group that go into each."""
+        size = self._block_rows
+        end = part.at + part.stop - part.start
+        for number in range(part.at // size, -(-end // size)):
+            low, high = max(part.at, number * size), min(end, (number + 1) * size)
+            yield number, part.start + low - part.at, part.start + high - part.at
+
+    def _filling(self, stream: int, number: int) -> Filling:
         start = number * self._block_rows
         stop = min(start + self._block_rows, self._order.stream_rows(stream))
-        pieces = []
-        for piece in self._epoch.pieces(stream, start, stop):
-            columns = self._row_groups.get(piece.row_group)
-            base = int(self._order.group_starts[piece.row_group])
-            pieces.append(Piece(columns, base, piece.start, piece.stop))
-            if piece.stop == columns.rows:
-                self._row_groups.finished(piece.row_group)
-        return gather(pieces, self._epoch.shuffled(stream, start, stop), self._pool)
+        key = (stream, number)
+        with self._lock:
+            if key not in self._fillings:
+                index = self._epoch.shuffled(stream, start, stop)
+                whole = len(self._visits_of[key]) == 1
+                self._fillings[key] = Filling(self._source.shape, stop - start, index, whole, self._pool)
+            return self._fillings[key]
 
 
 class Batches(Iterator[Batch]):

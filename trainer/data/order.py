@@ -123,10 +123,8 @@ class Order:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.batch_size % self.streams:
             lower = self.batch_size // self.streams * self.streams
-            raise UserError(
-                f"batch_size = {self.batch_size} does not divide over streams = {self.streams}; "
-                f"use {lower or self.streams} or {lower + self.streams}"
-            )
+            fits = f"{lower} or {lower + self.streams}" if lower else str(self.streams)
+            raise UserError(f"batch_size = {self.batch_size} does not divide over streams = {self.streams}; use {fits}")
         if self.window > 1 << 31:
             raise UserError(f"shuffle_window = {self.window}: at most 2**31 rows")
 

@@ -15,8 +15,7 @@ from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.config import Features
 from trainer.data import dataset as dataset_json
-from trainer.data.assemble import Shape
-from trainer.data.base import Columns
+from trainer.data.base import Shape, Sink
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, File, Split
 from trainer.data.decode import ID_POLICIES, Feature, IdPolicy, Spec, check_schema, decode, is_list
 from trainer.data.loader import Assembler, Batches
@@ -115,9 +114,10 @@ class Footer:
     def read(path: Path) -> "Footer":
         """UserError naming the file when it is missing, cut short or not Parquet."""
         try:
-            return Footer(path, pq.read_metadata(path), path.stat())
+            stat = path.stat()
+            return Footer(path, pq.read_metadata(path), stat)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; the data folder lost this file") from error
+            raise UserError(f"{path}: {error.strerror or error}; put it back, or prepare the data again") from error
         except pa.ArrowException as error:
             raise UserError(
                 f"{path}: not a whole Parquet file ({error}); it was cut short or damaged: write it again"
@@ -157,15 +157,26 @@ class Footer:
 class ParquetSource:
     """One split of a dataset of Parquet files; implements `trainer.data.base.Source`."""
 
-    def __init__(self, folder: Path, dataset: Dataset, split: str, spec: Spec, pool: Pool):
-        self._pool = pool
+    def __init__(self, folder: Path, dataset: Dataset, split: str, spec: Spec):
         self._spec = spec
         self._name = f"{dataset.name!r}, split {split!r}"
         self._folder = folder
         self._files = dataset.split(split).files
         self._footers: list[Footer] | None = None
+        self._shape = Shape(
+            features=tuple(f.name for f in spec.features),
+            multi_hot=tuple(bool(f.multi_hot) for f in spec.features),
+            dense=len(spec.dense),
+            labels=len(spec.labels),
+            weighted=spec.weight is not None,
+            wide=any(f.rows > 1 << 31 for f in spec.features),
+        )
         # (file, row group in it) of every row group of the split
         self._places = [(f, g) for f, file in enumerate(self._files) for g in range(len(file.row_groups))]
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
 
     @property
     def row_groups(self) -> tuple[int, ...]:
@@ -185,13 +196,13 @@ class ParquetSource:
             footers.append(footer)
         self._footers = footers
 
-    def read(self, row_group: int) -> Columns:
+    def read(self, row_group: int, sink: Sink) -> None:
         if self._footers is None:
             self.check()
         f, g = self._places[row_group]
         footer = self._footers[f]
         table = footer.decode(g, self._spec.columns)
-        return decode(table, self._spec, f"{footer.path}, row group {g}", self._pool)
+        decode(table, self._spec, f"{footer.path}, row group {g}", sink)
 
 
 class Reader:
@@ -255,8 +266,7 @@ class Reader:
             ),
             weight=dataset.weight,
         )
-        self._pool = Pool()
-        self._source = ParquetSource(Path(dataset_folder), dataset, split, spec, self._pool)
+        self._source = ParquetSource(Path(dataset_folder), dataset, split, spec)
         self.order = Order(
             row_groups=self._source.row_groups,
             streams=streams,
@@ -266,7 +276,7 @@ class Reader:
             window=shuffle_window,
         )
         self._streams = self.order.streams_of(rank, world_size)
-        self._shape = Shape(features=names, dense=len(dataset.dense), labels=len(dataset.labels))
+        self._pool = Pool()
         self._threads, self._prefetch, self._pin_memory = max(1, threads), max(1, prefetch), pin_memory
         if self.order.rows == 0:
             raise UserError(
@@ -295,9 +305,7 @@ class Reader:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step {start_step}: an epoch has the steps 0 .. {self.steps_per_epoch - 1}")
-        assembler = Assembler(
-            self._source, self.order.epoch(epoch), self._shape, self._streams, self._threads, self._pool
-        )
+        assembler = Assembler(self._source, self.order.epoch(epoch), self._streams, start_step, self._pool)
         return Batches(
             assembler,
             range(start_step, self.steps_per_epoch),
