@@ -13,6 +13,7 @@ MAKEFLAGS += --no-print-directory
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := locks/$(TARGET).txt
 VENV := .venv
+PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' $(LOCK))
 
@@ -35,14 +36,14 @@ lint: install
 install: $(STAMP)
 
 $(VENV)/bin/python:
-	@python="$(PYTHON)"; \
-	[ -n "$$python" ] || python=$$(command -v python3.11 || command -v python3 || true); \
-	[ -n "$$python" ] || { echo "error: no python3 on PATH; install Python 3.11 or newer, or say make PYTHON=<program>" >&2; exit 1; }; \
-	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $$python is $$($$python -V 2>&1), tablemesh needs 3.11 or newer; say make PYTHON=<program>" >&2; exit 1; }; \
-	echo "[1/4] $(VENV) with $$("$$python" -V)"; \
+	@fits() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; \
+	for python in $(PYTHONS); do if fits $$python; then break; fi; python=; done; \
+	[ -n "$$python" ] || { echo "error: no Python >= 3.11 found (looked for: $(PYTHONS));" \
+	  "install one, or say make PYTHON=<program>" >&2; exit 1; }; \
+	echo "[1/4] $(VENV) with $$($$python -V)"; \
 	rm -rf $(VENV); \
-	"$$python" -m venv $(VENV) || { rm -rf $(VENV); echo "error: $$python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 1; }
+	$$python -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $$python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 1; }
 
 # With its own dependencies (the plain wheel is a CUDA build that needs them), held to the versions of the lock file.
 # From an index of CPU wheels it comes alone: the lock file has all that such a wheel needs.
