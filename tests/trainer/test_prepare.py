@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from kernels.errors import UserError
-from trainer.data.dataset import load
 from tests.trainer.criteo_text import criteo_lines
+from trainer.data.dataset import load
 from trainer.prepare import prepare, summary
 
 SPEC = """
@@ -45,8 +45,18 @@ def read_all(dest):
 
 
 def test_awkward_csv_against_pandas(tmp_path):
-    """Quotes, quoted line ends, CRLF, blank lines, unicode, huge integers, NaN, empty strings: ids group as pandas does."""
-    values = ["plain", "", "with, comma", 'with "quotes"', "two\r\nlines", "ünïcödé 漢字", "99999999999999999999999", " x", "x"]
+    """Quotes, quoted line ends, CRLF, blank lines, unicode, huge integers, NaN, empty strings."""
+    values = [
+        "plain",
+        "",
+        "with, comma",
+        'with "quotes"',
+        "two\r\nlines",
+        "ünïcödé 漢字",
+        "99999999999999999999999",
+        " x",
+        "x",
+    ]
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(
         {
@@ -60,7 +70,9 @@ def test_awkward_csv_against_pandas(tmp_path):
     text = frame.to_csv(index=False, lineterminator="\r\n", na_rep="NaN")
     lines = text.replace("NaN", "nan").replace("\r\n0.0,", "\r\n\r\n0.0,", 1)  # a blank line too
     (tmp_path / "d.csv").write_bytes(lines.encode())
-    spec = write_spec(tmp_path, SPEC.replace('["x"]', '["x"]').replace("[split]", '[[dense]]\ncolumns = ["n"]\n[split]'))
+    spec = write_spec(
+        tmp_path, SPEC.replace('["x"]', '["x"]').replace("[split]", '[[dense]]\ncolumns = ["n"]\n[split]')
+    )
     for block_bytes in (64, 1000, 1 << 20):
         dest = tmp_path / f"out{block_bytes}"
         dataset = prepare(str(tmp_path / "d.csv"), dest, spec=spec, options={"block_bytes": block_bytes})
@@ -120,7 +132,12 @@ def test_multi_hot_by_separator_and_by_parquet_list(tmp_path):
 
 def test_labels_weight_timestamp_and_buckets(tmp_path):
     frame = pd.DataFrame(
-        {"rating": [1.0, 4, 5, 3.5], "age": [10.0, 18, np.nan, 70], "w": [0, 1, 2.5, 1], "t": pd.date_range("2024", periods=4)}
+        {
+            "rating": [1.0, 4, 5, 3.5],
+            "age": [10.0, 18, np.nan, 70],
+            "w": [0, 1, 2.5, 1],
+            "t": pd.date_range("2024", periods=4),
+        }
     )
     frame.to_csv(tmp_path / "d.csv", index=False)
     spec = write_spec(
@@ -254,7 +271,7 @@ def test_row_groups_and_metadata_agree_with_the_files(tmp_path):
     frame = pd.DataFrame({"y": [0, 1] * 20000, "a": range(40000), "b": 1, "x": 2.0})
     frame.to_parquet(tmp_path / "d.parquet", row_group_size=7001)
     dataset = prepare(str(tmp_path / "d.parquet"), tmp_path / "o", spec=write_spec(tmp_path, SPEC))
-    for name, split in dataset.splits.items():
+    for split in dataset.splits.values():
         for file in split.files:
             metadata = pq.ParquetFile(tmp_path / "o" / file.path).metadata
             assert file.row_groups == tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
@@ -275,14 +292,17 @@ def test_time_split_by_quantiles_has_train_before_valid_before_test(tmp_path):
     times = {name: read(tmp_path / "o", name)["t"].to_numpy() for name in ("train", "valid", "test")}
     assert times["train"].max() < times["valid"].min() and times["valid"].max() < times["test"].min()
     assert sum(len(t) for t in times.values()) == 5000
-    assert abs(dataset.splits["valid"].rows / 5000 - 0.2) < 0.01 and abs(dataset.splits["test"].rows / 5000 - 0.1) < 0.01
+    assert (
+        abs(dataset.splits["valid"].rows / 5000 - 0.2) < 0.01 and abs(dataset.splits["test"].rows / 5000 - 0.1) < 0.01
+    )
 
 
 def test_threads_and_block_size_do_not_change_the_dataset(tmp_path):
     (tmp_path / "train.txt").write_text("".join(criteo_lines(2000)))
     source = f"criteo:{tmp_path / 'train.txt'}"
     made = [
-        prepare(source, tmp_path / f"o{threads}", options={"threads": threads, "block_bytes": 20_000}) for threads in (1, 2, 5)
+        prepare(source, tmp_path / f"o{threads}", options={"threads": threads, "block_bytes": 20_000})
+        for threads in (1, 2, 5)
     ]
     assert len({d.fingerprint for d in made}) == 1
     assert len({d.model_copy(update={"name": ""}).model_dump_json() for d in made}) == 1
@@ -294,7 +314,9 @@ def test_summary_shows_every_feature(tmp_path):
     (tmp_path / "train.txt").write_text("".join(criteo_lines(200)))
     seen = []
     dataset = prepare(
-        f"criteo:{tmp_path / 'train.txt'}", tmp_path / "o", progress=lambda done, total, text: seen.append((done, total, text))
+        f"criteo:{tmp_path / 'train.txt'}",
+        tmp_path / "o",
+        progress=lambda done, total, text: seen.append((done, total, text)),
     )
     console = Console(width=160)
     with console.capture() as capture:

@@ -86,7 +86,9 @@ def test_too_many_malformed_lines_stop_and_are_kept_for_reading(tmp_path, source
     lines, run = source
     for at in (3, 500):
         lines[at] = "nonsense\n"
-    with pytest.raises(UserError, match=r"2 of 1000 lines are malformed, 0.20%, and max_rejected allows 0.10%") as caught:
+    with pytest.raises(
+        UserError, match=r"2 of 1000 lines are malformed, 0.20%, and max_rejected allows 0.10%"
+    ) as caught:
         run()
     assert "train.txt, line 4: expected 40 fields, found 1" in str(caught.value)
     assert nothing_left(tmp_path) and len((tmp_path / "o.rejected.tsv").read_text().splitlines()) == 3
@@ -109,7 +111,10 @@ def test_quotes_that_never_close(tmp_path):
     [
         ({"a": "aa"}, r"d.parquet: no column 'aa', which categorical.0 asks for; .*'a'"),
         ({"column": "colunm"}, r"s.toml: label.0.colunm: unknown key; did you mean 'column'"),
-        ({'columns = ["x"]': 'columns = ["x"]\nlogp1 = true'}, r"s.toml: dense.0.logp1: unknown key; did you mean 'log1p'"),
+        (
+            {'columns = ["x"]': 'columns = ["x"]\nlogp1 = true'},
+            r"s.toml: dense.0.logp1: unknown key; did you mean 'log1p'",
+        ),
         ({'columns = ["a"]': 'columns = ["a"]\nids = "hash"'}, r"ids = 'hash' needs rows"),
         ({'columns = ["a"]': 'columns = ["a"]\nbuckets = [3, 1]'}, r"increasing order"),
         ({'columns = ["x"]': 'columns = ["y"]'}, r"would be called 'y'"),
@@ -196,7 +201,7 @@ def test_sources_that_do_not_fit_what_was_asked(tmp_path):
 
 
 def test_a_finished_dataset_is_kept_reused_or_replaced_as_asked(tmp_path, source):
-    lines, run = source
+    _, run = source
     first = run()
     with pytest.raises(UserError, match="finished dataset already"):
         run()
@@ -211,7 +216,9 @@ def test_a_finished_dataset_is_kept_reused_or_replaced_as_asked(tmp_path, source
         prepare("synthetic:zipf4", tmp_path / "n", options={"rows": 100, "existing": "replace"})
     assert (tmp_path / "n" / "notes").read_text() == "mine"
     made = prepare("synthetic:zipf4", tmp_path / "z", options={"rows": 100})
-    assert prepare("synthetic:zipf4", tmp_path / "z", options={"rows": "100", "existing": "reuse", "threads": 1}) == made
+    assert (
+        prepare("synthetic:zipf4", tmp_path / "z", options={"rows": "100", "existing": "reuse", "threads": 1}) == made
+    )
 
 
 def test_an_interrupted_run_leaves_nothing_and_a_rerun_starts_clean(tmp_path, source):

@@ -1,9 +1,9 @@
 """Synthetic data with a planted model: the best possible AUC and log loss are known exactly.
 
 `synthetic:criteo` looks like Criteo's display-advertising data; `synthetic:zipf4` is a small bed for comparing
-embedding tables.  Rows are independent and alike, so the splits are stretches of one sequence.  Chunk c of 32,768 rows
-comes from Philox keyed by (seed, c + 1), the planted weights from the key (seed, 0): every value depends on the seed and
-its row alone, not on threads or the order of work.
+embedding tables.  Rows are independent and alike, so the splits are stretches of one sequence.  Chunk c of 32,768
+rows comes from Philox keyed by (seed, c + 1), the planted weights from the key (seed, 0): every value depends on the
+seed and its row alone, not on threads or the order of work.
 
 Letters in names: N rows of a chunk, L ids, E ids of a feature, R rank of the planted interaction.
 """
@@ -110,16 +110,19 @@ class Zipf4:
 class Criteo:
     """Rows like Criteo's: 13 counts, 26 categorical features, three of them multi-hot, some values missing.
 
-    Ids are numbered by popularity, as a vocabulary numbers them; feature f's id of rank k has the share F(k+1) - F(k) of a
-    power law cut off at the cardinality E, where F(x) = (x^(1-s) - 1) / ((E+1)^(1-s) - 1) and s = EXPONENTS[f].
+    Ids are numbered by popularity, as a vocabulary numbers them; feature f's id of rank k = 1 .. E has the share
+    F(k + 1) - F(k) of a power law cut off at the cardinality E: F(x) = (x^(1-s) - 1) / ((E+1)^(1-s) - 1), s drawn from
+    EXPONENTS for each feature.
 
-    logit = intercept + sum of id effects + PAIR_SCALE * sum over PAIRS of <v_f, v_g> + effects of the counts.
-    The effect of an id of rank k is normal with standard deviation FEATURE_SCALE / sqrt(1 + k / HALF_RANK), that of its
-    vector's elements falls likewise: an id that occurs a handful of times in a million rows cannot be learned by anyone,
-    so the planted truth gives it little to say.  A model trained for one epoch can then come close to Bayes, which
-    is what this data is for: telling whether training works.  It says nothing about how real data rewards rare ids.
+    signal = sum of id effects + PAIR_SCALE * sum over PAIRS of <v_f, v_g> + effects of counts and of missing values
+    logit = gain * signal + intercept, so that its standard deviation is SPREAD and a share POSITIVE of the labels is 1
 
-    Counts start at 1, so that a missing one, which prepare writes as 0, can be told from a small one, and has an effect.
+    The effect of an id of rank k is normal with standard deviation FEATURE_SCALE / sqrt(1 + (k - 1) / HALF_RANK), and
+    the elements of its vector shrink likewise: nobody can learn an id that occurs a handful of times, so the planted
+    truth gives it little to say.  A model trained for one epoch then comes close to Bayes, which is what this data is
+    for: telling whether training works.  It says nothing about how much real data rewards rare ids.
+
+    Counts start at 1, so that a missing one, which is written as 0 as prepare does, can be told from a small one.
     """
 
     SPLITS = (("train", 0.8), ("valid", 0.1), ("test", 0.1))
@@ -127,14 +130,14 @@ class Criteo:
     MULTI_HOT: ClassVar = {"C3": 3.0, "C12": 2.0, "C21": 4.0}  # mean ids of a bag that is not empty, geometric
     MISSING: ClassVar = {"C4": 0.05, "C12": 0.1, "C19": 0.4, "C20": 0.4, "C22": 0.7, "C25": 0.4, "C26": 0.4}
     DENSE_MISSING = (0.4, 0.0, 0.2, 0.2, 0.03, 0.2, 0.04, 0.0, 0.04, 0.4, 0.04, 0.7, 0.2)
-    PAIRS = (("C1", "C2"), ("C5", "C8"), ("C6", "C14"), ("C17", "C23"), ("C11", "C9"), ("C19", "C25"))
-    RANK = 2
-    FEATURE_SCALE, HALF_RANK, PAIR_SCALE = 0.22, 20.0, 0.75
-    INTERCEPT = -1.55
-    EXPONENTS = (1.2, 1.6)
-    DENSE_SCALE = 0.15
-    BENT = ("I6",)  # counts whose effect is a parabola, so that a straight line does not say all
-    GONE_EFFECT: ClassVar = {"I1": 0.4, "I10": -0.4}  # of a missing count, beyond that of the 0 it is written as
+    EXPONENTS = (1.4, 1.8)
+    FEATURE_SCALE, HALF_RANK = 0.2, 3.0
+    PAIRS = (("C6", "C14"), ("C17", "C23"), ("C9", "C25"))
+    RANK, PAIR_SCALE = 2, 0.5
+    DENSE_EFFECT: ClassVar = {"I2": 0.2, "I5": -0.2, "I7": 0.2, "I11": -0.2}  # of a deviation of the logarithm
+    BENT = "I6", 0.15  # a count whose effect is a parabola, so that a straight line does not say all
+    GONE_EFFECT: ClassVar = {"I1": 0.3, "I10": -0.3}  # of a missing count
+    SPREAD, POSITIVE = 1.3, 0.25
 
     words = "planted: Criteo-like, id effects, dot products of pairs, effects of counts and of what is missing"
 
@@ -148,21 +151,31 @@ class Criteo:
         self.dense = tuple(f"I{i + 1}" for i in range(13))
         self.multi_hot = tuple(self.MULTI_HOT)
         self.with_missing = tuple(self.MISSING)
-        self._exponent = {
-            name: self.EXPONENTS[0] + (self.EXPONENTS[1] - self.EXPONENTS[0]) * random.random()
-            for name in self.features
+        low, high = self.EXPONENTS
+        self._exponent = {name: low + (high - low) * random.random() for name in self.features}
+        self._effect = {
+            name: self.FEATURE_SCALE * random.standard_normal(ids, dtype=np.float32) * self._shrink(ids)
+            for name, ids in self.features.items()
         }
-        self._effect = {}
-        for name, ids in self.features.items():
-            self._effect[name] = self.FEATURE_SCALE * random.standard_normal(ids, dtype=np.float32) * self._shrink(ids)
-        self._vector = {}
-        for name in (n for pair in self.PAIRS for n in pair):
-            ids = self.features[name]
-            self._vector[name] = random.standard_normal((ids, self.RANK), dtype=np.float32) * self._shrink(ids)[:, None]
-        self._missing_effect = {name: 0.3 * random.standard_normal() for name in self.MISSING}
-        self._dense_mean = random.uniform(1.0, 2.5, 13)
-        self._dense_spread = random.uniform(0.6, 1.2, 13)
-        self._dense_effect = self.DENSE_SCALE * random.standard_normal(13)
+        self._vector = {
+            name: random.standard_normal((ids, self.RANK), dtype=np.float32) * self._shrink(ids)[:, None]
+            for name, ids in ((n, self.features[n]) for pair in self.PAIRS for n in pair)
+        }
+        self._missing_effect = {name: self.FEATURE_SCALE * random.standard_normal() for name in self.MISSING}
+        self._log_mean = random.uniform(1.0, 2.5, 13)
+        self._log_spread = random.uniform(0.6, 1.2, 13)
+        self._gain, self._intercept = self._calibrate()
+
+    def _calibrate(self) -> tuple[float, float]:
+        """Gain and intercept from one chunk of rows that belongs to no split."""
+        _, signal_N = self._draw_rows(generator(self.seed, 2**64 - 1), CHUNK_ROWS)
+        gain = self.SPREAD / float(signal_N.std())
+        low, high = -20.0, 20.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            too_low = sigmoid(gain * signal_N + middle).mean() < self.POSITIVE
+            low, high = (middle, high) if too_low else (low, middle)
+        return gain, 0.5 * (low + high)
 
     def _shrink(self, ids: int) -> np.ndarray:
         return (1.0 / np.sqrt(1.0 + np.arange(ids) / self.HALF_RANK)).astype(np.float32)
@@ -175,51 +188,57 @@ class Criteo:
 
     def chunk(self, number: int, rows: int) -> Chunk:
         random = generator(self.seed, number + 1)
-        logit_N = np.full(rows, self.INTERCEPT)
-        dense: dict[str, pa.Array] = {}
+        columns, signal_N = self._draw_rows(random, rows)
+        probability_N = sigmoid(self._gain * signal_N + self._intercept)
+        label_N = random.random(rows) < probability_N
+        return Chunk({self.LABEL: pa.array(label_N.astype(np.float32)), **columns}, probability_N, label_N)
+
+    def _draw_rows(self, random: np.random.Generator, rows: int) -> tuple[dict[str, pa.Array], np.ndarray]:
+        """(dense and categorical columns, signal float64 N)."""
+        signal_N = np.zeros(rows)
+        columns: dict[str, pa.Array] = {}
         for i, name in enumerate(self.dense):
-            z_N = random.standard_normal(rows)
-            count_N = 1.0 + np.floor(np.exp(self._dense_mean[i] + self._dense_spread[i] * z_N))
-            gone_N = random.random(rows) < self.DENSE_MISSING[i]
-            logged_N = np.where(gone_N, 0.0, np.log1p(count_N)).astype(np.float32)
-            centred_N = ((logged_N - self._dense_mean[i]) / self._dense_spread[i]).clip(-3.0, 3.0)
-            if name in self.BENT:
-                centred_N = centred_N**2 - 1.0
-            logit_N += self._dense_effect[i] * centred_N
-            if name in self.GONE_EFFECT:
-                logit_N += self.GONE_EFFECT[name] * gone_N
-            dense[name] = pa.array(logged_N)
-        sparse: dict[str, pa.Array] = {}
+            columns[name] = pa.array(self._draw_count(i, name, random, signal_N))
         single: dict[str, np.ndarray] = {}
         for name in self.features:
-            gone_N = random.random(rows) < self.MISSING[name] if name in self.MISSING else np.zeros(rows, bool)
+            gone_N = random.random(rows) < self.MISSING.get(name, 0.0)
             if name in self.MULTI_HOT:
-                size_N = np.where(gone_N, 0, random.geometric(1.0 / self.MULTI_HOT[name], rows)).astype(np.int64)
-                offsets = np.concatenate([[0], np.cumsum(size_N)])
-                ids_L = self._draw(name, random, int(offsets[-1]))
-                running = np.concatenate([[0.0], np.cumsum(self._effect[name][ids_L], dtype=np.float64)])
-                # Shared out so that a bag weighs about as much as a single id.
-                logit_N += running[offsets[1:]] - running[offsets[:-1]]
-                item = pa.field("item", pa.int32(), nullable=False)
-                mask = pa.array(gone_N) if gone_N.any() else None
-                sparse[name] = pa.ListArray.from_arrays(
-                    pa.array(offsets.astype(np.int32)), pa.array(ids_L), type=pa.list_(item), mask=mask
-                )
+                columns[name] = self._draw_bags(name, random, gone_N, signal_N)
             else:
-                ids_L = self._draw(name, random, rows)
-                single[name] = np.where(gone_N, -1, ids_L)
-                logit_N += np.where(gone_N, 0.0, self._effect[name][ids_L])
-                sparse[name] = pa.array(ids_L, mask=gone_N)
-            if gone_N.any():
-                logit_N += gone_N * self._missing_effect[name]
+                ids_N = self._draw(name, random, rows)
+                signal_N += np.where(gone_N, 0.0, self._effect[name][ids_N])
+                columns[name] = pa.array(ids_N, mask=gone_N)
+                single[name] = np.where(gone_N, -1, ids_N)
+            signal_N += gone_N * self._missing_effect.get(name, 0.0)
         for left, right in self.PAIRS:
             both_N = (single[left] >= 0) & (single[right] >= 0)
             product_N = (self._vector[left][single[left]] * self._vector[right][single[right]]).sum(1)
-            logit_N += self.PAIR_SCALE * np.where(both_N, product_N, 0.0)
-        probability_N = sigmoid(logit_N)
-        label_N = random.random(rows) < probability_N
-        columns = {self.LABEL: pa.array(label_N.astype(np.float32)), **dense, **sparse}
-        return Chunk(columns, probability_N, label_N)
+            signal_N += self.PAIR_SCALE * both_N * product_N
+        return columns, signal_N
+
+    def _draw_count(self, i: int, name: str, random: np.random.Generator, signal_N: np.ndarray) -> np.ndarray:
+        """log(1 + count), 0 where it is missing, float32 N; adds its effect to signal_N."""
+        count_N = 1.0 + np.floor(
+            np.exp(self._log_mean[i] + self._log_spread[i] * random.standard_normal(len(signal_N)))
+        )
+        gone_N = random.random(len(signal_N)) < self.DENSE_MISSING[i]
+        logged_N = np.where(gone_N, 0.0, np.log1p(count_N)).astype(np.float32)
+        deviation_N = ((logged_N - self._log_mean[i]) / self._log_spread[i]).clip(-3.0, 3.0)
+        signal_N += self.DENSE_EFFECT.get(name, 0.0) * deviation_N + self.GONE_EFFECT.get(name, 0.0) * gone_N
+        if name == self.BENT[0]:
+            signal_N += self.BENT[1] * deviation_N**2
+        return logged_N
+
+    def _draw_bags(self, name: str, random: np.random.Generator, gone_N: np.ndarray, signal_N: np.ndarray) -> pa.Array:
+        """A list of ids a row, null where it is missing; adds the sum of their effects to signal_N."""
+        size_N = np.where(gone_N, 0, random.geometric(1.0 / self.MULTI_HOT[name], len(gone_N)))
+        offsets = np.concatenate([[0], np.cumsum(size_N)])
+        ids_L = self._draw(name, random, int(offsets[-1]))
+        running = np.concatenate([[0.0], np.cumsum(self._effect[name][ids_L], dtype=np.float64)])
+        signal_N += running[offsets[1:]] - running[offsets[:-1]]
+        kind = id_type(self.features[name], multi_hot=True)
+        mask = pa.array(gone_N) if gone_N.any() else None
+        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids_L), type=kind, mask=mask)
 
 
 KINDS: dict[str, tuple[type, type]] = {"criteo": (Criteo, CriteoOptions), "zipf4": (Zipf4, Zipf4Options)}
@@ -304,8 +323,8 @@ def bayes_of(probability_N: np.ndarray, label_N: np.ndarray) -> Bayes:
     """What the true probabilities score: expected over the labels, and on the labels drawn.
 
     auc = sum over pairs i, j of p_i (1 - p_j) ([p_i > p_j] + [p_i = p_j] / 2) / sum over pairs p_i (1 - p_j), i and j
-    different rows; logloss = mean entropy in nats.  Exact in O(N log N): rows of equal p are one group, which meets the (1 - p)
-    of the groups below it in full and half of its own pairs.  Example: p = [0.2, 0.8] -> auc = 0.64 / 0.68.
+    different rows; logloss = mean entropy in nats.  Exact in O(N log N): rows of equal p are one group, which meets
+    the (1 - p) of the groups below it in full and half of its own pairs.  Example: p = [0.2, 0.8] -> auc = 0.64 / 0.68.
     """
     p, group_N, size = np.unique(probability_N, return_inverse=True, return_counts=True)
     n = size.astype(np.float64)

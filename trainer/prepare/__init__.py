@@ -11,7 +11,7 @@ from trainer.config import validate
 from trainer.data import synthetic
 from trainer.data.dataset import Dataset, load
 from trainer.prepare import criteo, files
-from trainer.prepare.source import find_files
+from trainer.prepare.blocks import find_files
 from trainer.prepare.spec import CriteoOptions, FileOptions, Options, Spec, load_spec
 from trainer.prepare.stats import summary
 

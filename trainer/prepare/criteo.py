@@ -5,7 +5,7 @@ import gzip
 from pathlib import Path
 
 from kernels.errors import UserError
-from trainer.prepare.source import File
+from trainer.prepare.blocks import File
 from trainer.prepare.spec import CategoricalColumns, CriteoOptions, DenseColumns, Label, Source, Spec
 
 DENSE = tuple(f"I{i}" for i in range(1, 14))

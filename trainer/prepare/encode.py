@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kernels.errors import UserError
+from trainer.prepare.blocks import Rows, set_aside
 from trainer.prepare.ids import Vocabulary, hash_keys, keys_of
-from trainer.prepare.source import Rows, set_aside, whole_numbers
+from trainer.prepare.parquet import whole_numbers
 from trainer.prepare.spec import CategoricalColumns, DenseColumns, Label, Role, Roles
 from trainer.prepare.write import id_type
 

@@ -20,9 +20,10 @@ import pyarrow as pa
 from kernels.errors import UserError
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats
 from trainer.prepare import encode
+from trainer.prepare.blocks import File, Reject, Rows, check, find_files
 from trainer.prepare.encode import Fitted
 from trainer.prepare.ids import Counter, Sample, Vocabulary
-from trainer.prepare.source import File, Reader, Reject, Rows, find_files
+from trainer.prepare.source import Reader, open_source
 from trainer.prepare.spec import FileOptions, Role, Spec, choose_split
 from trainer.prepare.split import TRAIN, Splitter, given_cut, quantile_cuts, row_keys
 from trainer.prepare.stats import make_stats
@@ -52,7 +53,7 @@ def gather(source: str, spec: Spec, options: FileOptions) -> list[File]:
 
 def prepare(source: str, dest: str | Path, spec: Spec, options: FileOptions, *, inputs: str, report: Report) -> Dataset:
     """Prepare files into `dest`; arguments as validated by trainer.prepare.prepare."""
-    reader = Reader(gather(source, spec, options), spec, block_bytes=options.block_bytes)
+    reader = open_source(gather(source, spec, options), spec, block_bytes=options.block_bytes)
     with Folder(dest, replace=options.existing == "replace") as folder:
         work = _Work(reader, spec, options, folder.path, report)
         try:
@@ -79,7 +80,7 @@ def prepare(source: str, dest: str | Path, spec: Spec, options: FileOptions, *, 
             rejected=work.rejected.lines,
             inputs=inputs,
         )
-        report(reader.total_bytes, reader.total_bytes, "done")
+        report(work.total_bytes, work.total_bytes, "done")
         folder.finish(dataset)
     return dataset
 
@@ -166,6 +167,7 @@ class _Work:
         self.options, self.folder, self._report = options, folder, report
         self.rejected = _Rejected(folder / "rejected.tsv")
         self._first_pass = True
+        self.total_bytes = sum(f.bytes for f in reader.files)
         self.fitted = Fitted()
         self.split = choose_split(spec.split, options)
         self._splitter = Splitter(self.split, options.seed)
@@ -181,11 +183,11 @@ class _Work:
         """(good rows, work(good rows)) of every block; rejects are kept in the first pass and checked in each."""
 
         def one(block):
-            rows, bags = encode.to_bags(self.reader.parse(block), self.roles, self.lists)
+            rows, bags = encode.to_bags(check(self.reader.parse(block), self.roles), self.roles, self.lists)
             return rows, work(rows, bags)
 
         rows_seen = rejected = 0
-        total = self.reader.total_bytes
+        total = self.total_bytes
         for rows, result in ordered_map(one, self.reader.blocks(), threads=self.options.threads):
             if self._first_pass:
                 self.rejected.add(rows.rejects)

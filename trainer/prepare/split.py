@@ -14,8 +14,8 @@ import numpy as np
 
 from kernels.errors import UserError
 from trainer.data.dataset import SPLITS
+from trainer.prepare.blocks import Rows
 from trainer.prepare.ids import Sample, mix64
-from trainer.prepare.source import Rows
 from trainer.prepare.spec import SplitSpec
 
 TRAIN, VALID, TEST = range(3)

@@ -1,8 +1,8 @@
 """Writing a dataset folder so that a half-written one is never taken for a finished one.
 
 Everything goes to `.NAME.partial` beside DEST; dataset.json is written into it last, then the folder is renamed to
-DEST.  Whatever ends the work early (an error, Ctrl-C) removes the partial folder; what a killed process left is removed by the
-next run, which a lock tells from one still at work.
+DEST.  Whatever ends the work early (an error, Ctrl-C) removes the partial folder; what a killed process left is
+removed by the next run, which a lock tells from one still at work.
 """
 
 import errno
