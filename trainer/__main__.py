@@ -116,8 +116,11 @@ def _write_error(run_dir: Path, rank: int, kind: str, message: str) -> None:
 def _close_report(run_dir: Path, *, error: dict[str, Any]) -> None:
     from trainer import report
 
-    found = report.read(run_dir)
-    if found.get("status") == "running":
+    try:
+        found = report.read(run_dir)
+    except UserError:  # stopped before there was one; the command line writes it
+        return
+    if found["status"] == "running":
         report.write_json(run_dir, found | {"status": "interrupted", "error": error, "finished": time.time()})
         report.write_html(run_dir)
 
