@@ -78,7 +78,7 @@ def test_splits_are_stretches_of_one_sequence(tmp_path):
 
 
 def test_zipf4_is_the_model_it_says():
-    planted = Zipf4(Zipf4Options(seed=10))
+    planted = Zipf4(Zipf4Options())
     chunk = planted.chunk(0, CHUNK_ROWS)
     ids = [chunk.columns[f"f{f}"].to_numpy() for f in range(4)]
     for row in range(20):
@@ -98,7 +98,7 @@ def test_criteo_looks_like_criteo(tmp_path):
     dataset = prepare("synthetic:criteo", tmp_path / "o", options={"rows": 60_000, "seed": 1})
     assert len(dataset.dense) == 13 and len(dataset.categorical) == 26
     assert 0.2 < dataset.positive_rate["label"] < 0.3
-    assert 0.77 < dataset.bayes["test"].auc < 0.83
+    assert 0.79 < dataset.bayes["test"].auc < 0.84
     multi_hot = [c for c in dataset.categorical if c.multi_hot]
     assert [c.name for c in multi_hot] == list(Criteo.MULTI_HOT)
     table = pq.read_table(tmp_path / "o" / "train")

@@ -37,11 +37,12 @@ CRITEO_CARDINALITIES = (
 
 class Zipf4Options(Options):
     rows: int = Field(default=1_000_000, ge=10)
+    seed: int = Field(default=1, ge=0, lt=2**63)  # Bayes AUC 0.8496 on its test split
 
 
 class CriteoOptions(Options):
     rows: int = Field(default=600_000, ge=10)
-    scale: float = Field(default=0.005, gt=0.0, le=1.0)  # cardinality = min(Criteo's, max(1000, scale * Criteo's))
+    scale: float = Field(default=0.001, gt=0.0, le=1.0)  # cardinality = min(Criteo's, max(1000, scale * Criteo's))
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Criteo:
     DENSE_EFFECT: ClassVar = {"I2": 0.2, "I5": -0.2, "I7": 0.2, "I11": -0.2}  # of a deviation of the logarithm
     BENT = "I6", 0.15  # a count whose effect is a parabola, so that a straight line does not say all
     GONE_EFFECT: ClassVar = {"I1": 0.3, "I10": -0.3}  # of a missing count
-    SPREAD, POSITIVE = 1.3, 0.25
+    SPREAD, POSITIVE = 1.5, 0.25
 
     words = "planted: Criteo-like, id effects, dot products of pairs, effects of counts and of what is missing"
 
