@@ -171,7 +171,7 @@ def prepare_text(folder: Path) -> Row:
     made = []
 
     def ours() -> None:
-        made.append(prepare(str(text), folder / "prepared", options={"existing": "replace", "valid": 0.0, "test": 0.0}))
+        made.append(prepare(str(text), folder / "prepared", options={"existing": "replace", "seed": 1}))
 
     def baseline() -> None:
         pa.csv.read_csv(text, read_options=options, parse_options=parse, convert_options=convert)
@@ -189,8 +189,8 @@ def prepare_text(folder: Path) -> Row:
 
 def write_text(path: Path) -> pa.Table:
     rng = np.random.default_rng(2)
-    columns = {"label": pa.array(rng.integers(0, 2, TEXT_ROWS))}
-    for k in range(13):
+    columns = {"label": pa.array(rng.integers(0, 2, TEXT_ROWS)), "I1": pa.array(np.arange(TEXT_ROWS))}  # I1: which row
+    for k in range(1, 13):
         columns[f"I{k + 1}"] = pa.array(rng.zipf(1.5, TEXT_ROWS) % 100_000, mask=rng.random(TEXT_ROWS) < 0.2)
     for c, cardinality in enumerate(CARDINALITIES):
         names = np.array([f"{(7919 * i) % 2**32:08x}" for i in range(min(cardinality, TEXT_ROWS))])
@@ -203,15 +203,25 @@ def write_text(path: Path) -> pa.Table:
 
 
 def prepared_is(folder: Path, dataset: Dataset, source: pa.Table) -> bool:
-    """Whether the train split has the source's rows in order, with one id for each value of a column and 0 for none."""
-    table = pa.concat_tables(pq.read_table(folder / file.path) for file in dataset.split("train").files)
-    if not np.array_equal(table["label"].to_numpy(), source["label"].to_numpy().astype(np.float32)):
+    """Whether the splits together are the source's rows: the labels, and one id for each value of a column.
+
+    Missing values, and those that the train split lacks, must have id 0 and nothing else may.
+    """
+    splits = {name: [pq.read_table(folder / f.path) for f in split.files] for name, split in dataset.splits.items()}
+    table = pa.concat_tables(part for parts in splits.values() for part in parts)
+    train = np.arange(len(table)) < sum(len(part) for part in splits["train"])
+    if len(table) != len(source):
         return False
-    for feature, name in zip(dataset.categorical, [n for n in source.column_names if n.startswith("C")], strict=True):
-        ids = table[feature.name].to_numpy()
+    order = np.argsort(table["I1"].to_numpy(), kind="stable")  # prepare keeps the order of numbers
+    train = train[order]
+    if not np.array_equal(table["label"].to_numpy()[order], source["label"].to_numpy().astype(np.float32)):
+        return False
+    for name in FEATURES.categorical:
+        ids = table[name].to_numpy()[order]
         value = source[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
-        pairs = np.unique(np.stack([value, ids]), axis=1)
+        known = (value >= 0) & np.isin(value, value[train])
+        pairs = np.unique(np.stack([value[known], ids[known]]), axis=1)
         one_to_one = all(len(np.unique(side)) == len(side) for side in pairs)
-        if not one_to_one or (ids[value == -1] != 0).any():
+        if not one_to_one or not np.array_equal(ids == 0, ~known):
             return False
     return True
