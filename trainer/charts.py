@@ -1,6 +1,6 @@
 """Line and scatter charts as inline SVG, without scripts or fonts of their own; colours are CSS classes of the page.
 
-Every chart carries its points in `data-hover`, from which the page's script shows a tooltip; without it they still read.
+Every chart carries its points in `data-hover`, from which the page's script shows a tooltip; they read without it too.
 """
 
 import json
@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 38
+FAR = 30  # times the span of the middle nine tenths
 MAX_POINTS = 400  # of one curve: more than the pixels that show it
 
 
@@ -63,10 +64,6 @@ def line_chart(
     for rule in rules:
         y = py(rule.value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(
-            f'<text class="rule-label" text-anchor="end" x="{WIDTH - RIGHT - 2}" y="{y - 6 if rule.above else y + 15}">'
-            f"{escape(rule.label)}</text>"
-        )
     clip = "clip-" + re.sub(r"\W+", "-", title)
     parts.append(
         f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 5}" '
@@ -80,6 +77,10 @@ def line_chart(
         if s.dots or len(at) == 1:
             parts += [f'<circle class="dot s{s.colour}" cx="{x}" cy="{y}" r="4"/>' for x, y in at]
     parts.append("</g>")
+    for rule in rules:
+        y = py(rule.value) + (-6 if rule.above else 15)
+        label = escape(rule.label)
+        parts.append(f'<text class="rule-label" text-anchor="end" x="{WIDTH - RIGHT - 2}" y="{y}">{label}</text>')
     return _figure(title, _legend(series), parts, _hover(series, px, py, x_label, format_y))
 
 
@@ -151,8 +152,11 @@ def _axis_title(text: str) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
+    if len(series) == 1:
+        return ""
     items = "".join(
-        f'<span><i class="key {"line" if s.line else "point"} s{s.colour}"></i>{escape(s.name)}</span>' for s in series
+        f'<span><i class="key {"line" if len(s.points) > 1 else "point"} s{s.colour}"></i>{escape(s.name)}</span>'
+        for s in series
     )
     return f'<div class="legend">{items}</div>'
 
@@ -195,12 +199,12 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _visible(values: Sequence[float], always: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
-    """The y range: all values, but for the few far out (a first loss) that would flatten everything else."""
+    """The y range: all values, but for the few so far out (a first loss of 80) that they would flatten the others."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
     span = (high - low) or abs(high) or 1.0
-    low = ordered[0] if low - ordered[0] < span else low
-    high = ordered[-1] if ordered[-1] - high < span else high
+    low = ordered[0] if low - ordered[0] < FAR * span else low
+    high = ordered[-1] if ordered[-1] - high < FAR * span else high
     low, high = min([low, *always]), max([high, *always])
     if from_zero:
         low = 0.0

@@ -1,7 +1,7 @@
 """A run's report: `report.json` for programs, `report.html` for people.
 
-`report.html` is made from what the run folder holds (config.toml, plan.json, metrics.jsonl, report.json, errors/), so it
-can be written again at any time, also for a run that failed or is still going.
+`report.html` is made from what the run folder holds (config.toml, plan.json, metrics.jsonl, report.json, errors/), so
+it can be written again at any time, also for a run that failed or is still going.
 """
 
 import json

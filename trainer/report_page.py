@@ -5,6 +5,7 @@ data is left out. Numbers become words here, layout is the template's.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ def render(run_dir: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(count=count, size=size, percent=percent, figure=figure, moment=moment)
+    environment.filters.update(count=count, size=size, percent=percent, figure=figure, moment=moment, bound=bound_text)
     return environment.get_template("report.html.j2").render(**view(run_dir))
 
 
@@ -72,7 +73,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "tasks": _tasks(report),
         "checkpoints": [e for e in events if e["event"] == "checkpoint"],
         "messages": [e for e in events if e["event"] == "message"],
-        "errors": [e for e in errors if e.get("traceback") or e.get("message")],
+        "errors": sorted((e for e in errors if e), key=lambda e: (e.get("kind") == "peer", e.get("time") or 0)),
         "kernels": _dict(report, "kernels"),
         "config": config.read_text(errors="replace") if config.is_file() else "",
         "versions": _dict(report, "versions"),
@@ -90,12 +91,10 @@ def size(value: float | None) -> str:
     """Bytes in the unit that fits: 1.5 MiB."""
     if value is None:
         return "–"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
-        value /= 1024
-    else:
-        unit = "TiB"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    unit = units[0]
     return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
 
 
@@ -107,6 +106,14 @@ def percent(share: float | None) -> str:
 
 def figure(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def bound_text(value: float) -> str:
+    """A bound in two figures, rounded up so that it stays one: 1.74e-5 -> 0.000018."""
+    if value <= 0:
+        return "0"
+    digits = 1 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{max(digits, 0)}f}"
 
 
 def moment(unix: float | None) -> str:
@@ -138,11 +145,12 @@ class Verdict:
 
 def _verdict(report: dict, events: list[dict], bayes: dict) -> Verdict:
     status, error = report.get("status"), _dict(report, "error")
-    step = max((e.get("step") or 0 for e in events), default=report.get("steps") or 0)
+    step = max([report.get("steps") or 0, *(e.get("step") or 0 for e in events)])
     if status == "failed":
         rank = error.get("rank")
         where = "The run failed" if rank is None else f"Rank {rank} failed"
-        return Verdict("bad", f"{where} after step {step:,}", str(error.get("message") or "No cause was recorded."))
+        when = f"after step {step:,}" if step else "before its first step"
+        return Verdict("bad", f"{where} {when}", str(error.get("message") or "No cause was recorded."))
     if status == "interrupted":
         detail = str(error.get("message") or "It was asked to stop; what it had learned is in its last checkpoint.")
         return Verdict("fair", f"Stopped at step {step:,}", detail)
@@ -168,13 +176,18 @@ def _verdict(report: dict, events: list[dict], bayes: dict) -> Verdict:
         tone, words = "fair", "it learned some of what there is"
     else:
         tone, words = "bad", "it did not learn"
-    detail = f"That is {100 * share:.1f}% of the way from guessing (0.5) to the best that any model can reach on this data."
+    detail = (
+        f"That is {100 * share:.1f}% of the way from guessing (0.5) to the best that any model can reach on this data."
+    )
     return Verdict(tone, f"{split} AUC {auc:.4f}, {gap} — {words}", detail)
 
 
 def _facts(report: dict, start: dict, plan: dict) -> list[str]:
     """The line under the name: data, size, place, time."""
-    world_size, device = report.get("world_size") or start.get("world_size"), report.get("device") or start.get("device")
+    world_size, device = (
+        report.get("world_size") or start.get("world_size"),
+        report.get("device") or start.get("device"),
+    )
     samples, dataset = report.get("samples_seen"), _dict(report, "dataset")
     facts = [
         dataset.get("name") and f"data: {dataset['name']}",
@@ -198,7 +211,7 @@ def _tiles(report: dict, start: dict, plan: dict, bayes: dict) -> list[dict[str,
     auc, best, bound = found.get("auc"), bayes.get("auc"), found.get("auc_error_bound")
     split = str(found.get("split") or "test")
     if auc is not None:
-        tile(f"{split} AUC", figure(auc), "" if bound is None else f"exact to ±{bound:.1g}")
+        tile(f"{split} AUC", figure(auc), "" if bound is None else f"exact to ±{bound_text(bound)}")
     if auc is not None and best is not None:
         sample = bayes.get("sample_auc")
         drawn = "" if sample is None else f" ({sample:.4f} on these rows)"
@@ -267,7 +280,7 @@ def _bayes_ne(report: dict, bayes: dict) -> float | None:
 
 def _curves(key: str, train: list[dict], evals: list[dict]) -> list[Series]:
     """Train as a line; each evaluated split in its own colour, a split seen once as a point."""
-    series = [Series(name="train, since the last line", colour=1, points=_points(train, key))]
+    series = [Series(name="train", colour=1, points=_points(train, key))]
     splits = list(dict.fromkeys(str(e.get("split")) for e in evals))
     for colour, split in zip((2, 3, 4, 5), splits, strict=False):
         points = _points(_last_of_step([e for e in evals if str(e.get("split")) == split]), key)
@@ -349,7 +362,10 @@ def _tables(plan: dict) -> list[dict[str, Any]]:
             mine = [s for s in shards if s["rank"] == rank]
             held = sum(s.get("bytes") or 0 for s in mine)
             tip = "; ".join(_part(t, s) for s in mine) or "nothing of it"
-            cells.append({"share": held / (t.get("bytes") or 1), "tip": f"rank {rank}: {tip} · {size(held)}"})
+            cells.append({"share": held, "tip": f"rank {rank}: {tip} · {size(held)}"})
+        most = max((c["share"] for c in cells), default=0) or 1
+        for cell in cells:
+            cell["share"] = max(cell["share"] / most, 0.15) if cell["share"] else 0  # a sliver can be seen
         found.append(
             {
                 "name": t["name"],
@@ -415,7 +431,9 @@ def _dense(report: dict) -> list[dict[str, Any]]:
     for d in _dict(report, "dataset").get("dense") or []:
         d = {"name": d} if isinstance(d, str) else d
         transform = d.get("transform") or {}
-        words = [k if v is True else f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in transform.items()]
+        words = [
+            k if v is True else f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in transform.items()
+        ]
         found.append(
             {
                 "name": d.get("name"),
@@ -448,7 +466,9 @@ def _hardware(report: dict) -> dict[str, str]:
     found = {}
     for key, value in _dict(report, "hardware").items():
         if key == "gpus":
-            gpus = [f"{g['name']} ({size(g.get('memory_bytes'))})" if isinstance(g, dict) else str(g) for g in value or []]
+            gpus = [
+                f"{g['name']} ({size(g.get('memory_bytes'))})" if isinstance(g, dict) else str(g) for g in value or []
+            ]
             found["GPUs"] = ", ".join(gpus) or "none"
         elif key.endswith("_bytes"):
             found[key.removesuffix("_bytes").replace("_", " ")] = size(value)

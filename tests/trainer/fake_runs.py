@@ -71,9 +71,9 @@ def _table(name: str, rows: int, sharding: str, *, first_rank: int, world_size: 
 def events(steps: int = 147, *, every: int = 5, bayes: dict | None = None, world_size: int = 2) -> list[dict]:
     """A run that learns towards AUC 0.795, with an evaluation every 60 steps and at the end."""
     found: list[dict] = [
-        {"event": "start", "time": 1e9, "run": "quickstart", "world_size": world_size, "device": "cpu", "steps_total": 147,
-         "steps_per_epoch": 147, "epochs": 1, "batch_size": 4096, "train_rows": 600_000, "tables": 26,
-         "table_bytes": 38_000_000, "bayes": bayes},
+        {"event": "start", "time": 1e9, "run": "quickstart", "world_size": world_size, "device": "cpu",
+         "steps_total": 147, "steps_per_epoch": 147, "epochs": 1, "batch_size": 4096, "train_rows": 600_000,
+         "tables": 26, "table_bytes": 38_000_000, "bayes": bayes},
         {"event": "phase", "time": 1e9, "name": "training"},
     ]  # fmt: skip
     for step in range(every, steps + 1, every):
@@ -105,12 +105,17 @@ def features(tables: int = 26, name: str = "C{}") -> list[dict[str, Any]]:
         stats = {"rows": 600_000, "ids": 1_900_000 if multi_hot else 588_000, "distinct": int(rows * 0.93),
                  "distinct_is_estimate": rows > 50_000, "top_share": shares, "missing": 600 * (t % 5),
                  "max_per_bag": 12 if multi_hot else 1, "unseen": 37 * t}  # fmt: skip
-        found.append({"name": name.format(t + 1), "cardinality": rows, "multi_hot": multi_hot, "ids": "vocab", "stats": stats})
+        found.append(
+            {"name": name.format(t + 1), "cardinality": rows, "multi_hot": multi_hot, "ids": "vocab", "stats": stats}
+        )
     return found
 
 
 def calibration_bins(tilt: float = 1.0) -> list[dict[str, float]]:
-    return [{"predicted": p, "actual": min(1.0, p**tilt), "weight": 3750.0} for p in (0.01 + (i / 21) ** 2 for i in range(20))]
+    return [
+        {"predicted": p, "actual": min(1.0, p**tilt), "weight": 3750.0}
+        for p in (0.01 + (i / 21) ** 2 for i in range(20))
+    ]
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -127,7 +132,8 @@ def report(**changes: Any) -> dict[str, Any]:
         "memory": {"peak_bytes": 698_000_000, "per_rank": [698_000_000, 688_000_000]},
         "kernels": {"embedding_bag": {"backend": "fbgemm", "why": "float32 on cpu"}},
         "versions": {"python": "3.11.9", "tablemesh": "0.1.0", "torch": "2.13.0", "torchrec": "1.8.0"},
-        "hardware": {"cpu": "Example CPU @ 2.0 GHz", "cores": 2, "memory_bytes": 16 * 2**30, "gpus": [], "system": "Linux"},
+        "hardware": {"cpu": "Example CPU @ 2.0 GHz", "cores": 2, "memory_bytes": 16 * 2**30, "gpus": [],
+                     "system": "Linux"},
         "config_sha256": "4f0c9a" * 10 + "beef", "data_fingerprint": "91d7e2" * 6,
         "dataset": {"name": "quickstart", "source": "planted Criteo-like data, 600,000 rows, seed 1",
                     "splits": {"train": 600_000, "valid": 75_000, "test": 75_000}, "features": features(),
@@ -137,7 +143,7 @@ def report(**changes: Any) -> dict[str, Any]:
     return made | changes
 
 
-CONFIG = '''name = "quickstart"
+CONFIG = """name = "quickstart"
 seed = 1
 
 [data]
@@ -152,7 +158,7 @@ top = [128, 64, 1]
 [train]
 batch_size = 4096
 nproc = 2
-'''
+"""
 
 
 def finished(run_dir: Path) -> Path:
@@ -160,16 +166,35 @@ def finished(run_dir: Path) -> Path:
     log = events(bayes=found["bayes"])
     log += [
         {"event": "eval", "time": 1e9 + 16, "step": 147, "split": "test", "final": True, **found["eval"]},
-        {"event": "checkpoint", "time": 1e9 + 17, "step": 147, "path": "checkpoints/step_147", "seconds": 0.42, "bytes": 4e7},
-        {"event": "message", "time": 1e9, "level": "info", "text": "kernels: fbgemm for embedding_bag (float32 on cpu)"},
-        {"event": "message", "time": 1e9, "level": "warning", "text": "37 ids of table C3 lay outside its rows and were clipped"},
+        {
+            "event": "checkpoint",
+            "time": 1e9 + 17,
+            "step": 147,
+            "path": "checkpoints/step_147",
+            "seconds": 0.42,
+            "bytes": 4e7,
+        },
+        {
+            "event": "message",
+            "time": 1e9,
+            "level": "info",
+            "text": "kernels: fbgemm for embedding_bag (float32 on cpu)",
+        },
+        {
+            "event": "message",
+            "time": 1e9,
+            "level": "warning",
+            "text": "37 ids of table C3 lay outside its rows and were clipped",
+        },
         {"event": "end", "time": 1e9 + 18, "status": "finished", "seconds": 31.4},
     ]
     return write(run_dir, report=found, events=log, plan=plan(), config=CONFIG)
 
 
 def failed(run_dir: Path) -> Path:
-    message = "step 62: the loss is NaN; feature C3 of rank 1 first had it\nlower optim.dense.lr or set optim.clip_grad_norm"
+    message = (
+        "step 62: the loss is NaN; feature C3 of rank 1 first had it\nlower optim.dense.lr or set optim.clip_grad_norm"
+    )
     broken = report(status="failed", error={"rank": 1, "kind": "nan", "message": message}, eval=None, steps=62)
     broken["train"] = {"seconds": None, "samples_per_second": None, "step_ms": {}, "phases_ms": {}}
     write(run_dir, report=broken, events=events(62), plan=plan(), config=CONFIG)
