@@ -165,7 +165,7 @@ def test_any_part_of_the_report_may_be_missing_or_null(tmp_path, gone):
     ("changes", "headline"),
     [
         ({"status": "interrupted"}, "Stopped at step 147"),
-        ({"status": "running"}, "Running: step 145 of 147"),
+        ({"status": "running", "steps": 0}, "Running: step 145 of 147"),
         ({"bayes": None}, "Test AUC 0.7914 — it learned"),
         ({"bayes": {"auc": 0.99}}, "— it learned some of what there is"),
         (
