@@ -148,7 +148,8 @@ def test_linear_layers_start_as_the_reference_dlrms():
     model = made(dlrm.Config(bottom=(400, 200), top=(1,)), inputs)
     first = model.bottom[0]
     assert (
-        abs(first.weight.std() / math.sqrt(2 / 700) - 1) < 0.02 and abs(first.bias.std() / math.sqrt(1 / 400) - 1) < 0.12
+        abs(first.weight.std() / math.sqrt(2 / 700) - 1) < 0.02
+        and abs(first.bias.std() / math.sqrt(1 / 400) - 1) < 0.12
     )
 
 
