@@ -47,7 +47,9 @@ def test_text_keys_are_the_documented_hash(values, start):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.none() | st.text("0123456789abcdefABCDEF", max_size=18) | st.sampled_from(["zz", "12 4", "0123456g"])))
+@given(
+    st.lists(st.none() | st.text("0123456789abcdefABCDEF", max_size=18) | st.sampled_from(["zz", "12 4", "0123456g"]))
+)
 def test_hex_keys_are_the_numbers_written(values):
     keys, present, bad = keys_of(pa.array(values, pa.string()), hex=True)
     for i, value in enumerate(values):

@@ -133,12 +133,12 @@ class Criteo:
     DENSE_MISSING = (0.4, 0.0, 0.2, 0.2, 0.03, 0.2, 0.04, 0.0, 0.04, 0.4, 0.04, 0.7, 0.2)
     EXPONENTS = (1.4, 1.8)
     FEATURE_SCALE, HALF_RANK = 0.2, 3.0
-    PAIRS = (("C6", "C14"), ("C17", "C23"), ("C9", "C25"))
-    RANK, PAIR_SCALE = 2, 0.5
+    PAIRS = (("C6", "C17"), ("C14", "C23"), ("C9", "C20"))
+    RANK, PAIR_SCALE = 2, 0.9
     DENSE_EFFECT: ClassVar = {"I2": 0.2, "I5": -0.2, "I7": 0.2, "I11": -0.2}  # of a deviation of the logarithm
     BENT = "I6", 0.15  # a count whose effect is a parabola, so that a straight line does not say all
     GONE_EFFECT: ClassVar = {"I1": 0.3, "I10": -0.3}  # of a missing count
-    SPREAD, POSITIVE = 1.5, 0.25
+    SPREAD, POSITIVE = 1.45, 0.25
 
     words = "planted: Criteo-like, id effects, dot products of pairs, effects of counts and of what is missing"
 

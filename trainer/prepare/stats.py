@@ -29,7 +29,9 @@ def summary(dataset: Dataset) -> Table:
     splits = ", ".join(f"{name} {split.rows:,}" for name, split in dataset.splits.items())
     rates = ", ".join(f"{label} {rate:.2%} positive" for label, rate in dataset.positive_rate.items())
     table = Table(title=f"{dataset.name}: rows {splits}; {rates}", title_justify="left")
-    table.add_column("feature")
+    names = [f.name for f in (*dataset.dense, *dataset.categorical)]
+    # Names stay whole on a narrow terminal; the headings wrap instead.
+    table.add_column("feature", min_width=min(24, max(map(len, names), default=0)), overflow="fold")
     right = ("table rows", "distinct", "top 1", "top 100", "ids / bag", "max", "missing", "unseen")
     for heading in right:
         table.add_column(heading, justify="right")
