@@ -25,7 +25,7 @@ from trainer.data.batch import Batch
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import Reader, open_dataset
 from trainer.evaluate import evaluate, predict
-from trainer.metrics import Metrics, StepTimer, peak_memory_bytes
+from trainer.metrics import BITS, WINDOW_BITS, Metrics, StepTimer, peak_memory_bytes
 from trainer.models.base import ModelInputs, init_dense
 from trainer.optim.base import build_optimizer, plugin, table_update
 from trainer.pipeline import Pipeline, build_pipeline
@@ -74,8 +74,8 @@ class Built:
     def eval_reader(self, split: str) -> Reader:
         return self.reader(split, batch_size=self.config.eval.batch_size or self.config.train.batch_size, shuffle=False)
 
-    def metrics(self) -> Metrics:
-        return Metrics(self.dataset.labels, self.world.device)
+    def metrics(self, *, bits: int = BITS) -> Metrics:
+        return Metrics(self.dataset.labels, self.world.device, bits=bits)
 
     def state(self, *, with_optimizer: bool) -> dict[str, Any]:
         """What a checkpoint holds: tables and dense weights, and the optimizer's state by parameter name."""
@@ -175,7 +175,7 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
         clip=config.optim.clip_grad_norm,
     )
     total, window = StepTimer(), StepTimer()
-    window_metrics, eval_metrics = built.metrics(), built.metrics()
+    window_metrics, eval_metrics = built.metrics(bits=WINDOW_BITS), built.metrics()
     during_reader = built.eval_reader(during) if during and config.eval.every else None
     final_reader = built.eval_reader(final) if final else None
     samples, evaluated = 0, None
