@@ -82,8 +82,9 @@ def _of_report(job: Job, report: dict[str, Any]) -> Failure:
     message = str(report.get("message", "")).strip() or "no message"
     if kind == "user":
         return Failure(kind=kind, message=message, rank=rank, exit_code=2)
-    prefix = f"rank {rank}: " if kind == "nan" else f"rank {rank} failed: "
-    return Failure(kind=kind, message=prefix + message, rank=rank, details=job.errors / f"rank_{rank}.json")
+    if kind != "nan":  # whose message says which rank it was, or it was all of them
+        message = f"rank {rank} failed: {message}"
+    return Failure(kind=kind, message=message, rank=rank, details=job.errors / f"rank_{rank}.json")
 
 
 def _of_signal(job: Job, ended: dict[str, Any], oom_kills: int) -> Failure:

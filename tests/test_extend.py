@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md, run as they stand there: written to a package outside the project, named in a config."""
+"""The examples of docs/extend.md, run as they stand: written to a package outside the project, named in a config."""
 
 import re
 from pathlib import Path

@@ -80,7 +80,7 @@ def _classify(error: BaseException) -> tuple[str, str]:
     """(kind, message) of an error: user, nan, peer or internal."""
     from trainer.task import NonFiniteLoss
 
-    if isinstance(error, NonFiniteLoss):
+    if isinstance(error, (NonFiniteLoss, FloatingPointError)):  # the loss, or the logits of an evaluation
         return "nan", str(error)
     if isinstance(error, UserError):
         return "user", str(error)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.errors import UserError
+
 BITS = 18  # evaluation: 4 MiB of float64 a task, and an AUC bound of about 1e-5 on click logits
 WINDOW_BITS = 15  # the log line of training: 0.5 MiB a task to reduce, a bound of about 1e-4
 CALIBRATION_BINS = 20
@@ -127,7 +129,7 @@ class Metrics:
 
         None where a figure is not defined: AUC and NE without both positives and negatives, calibration without
         positives, everything but rows without rows.
-        Raises FloatingPointError when logits were not finite, ValueError for labels or weights that cannot be counted.
+        Raises FloatingPointError when logits were not finite, UserError for labels or weights that cannot be counted.
         """
         histogram_T2H, sums_TS = (part.cpu().numpy() for part in self._views())
         figures = {}
@@ -193,12 +195,12 @@ def _refuse_bad_rows(task: str, sums: Mapping[str, float]) -> None:
             "earlier checkpoint"
         )
     if sums["bad_labels"]:
-        raise ValueError(
+        raise UserError(
             f"task {task!r}: {sums['bad_labels']:.0f} rows have a label outside [0, 1]; AUC and log loss need 0 for no "
             "and 1 for yes: give prepare a threshold on the column"
         )
     if sums["bad_weights"]:
-        raise ValueError(f"task {task!r}: {sums['bad_weights']:.0f} rows have a weight that is negative or not finite")
+        raise UserError(f"task {task!r}: {sums['bad_weights']:.0f} rows have a weight that is negative or not finite")
 
 
 def _figures(positive_H: np.ndarray, negative_H: np.ndarray, sums: Mapping[str, float], bits: int) -> dict[str, Any]:

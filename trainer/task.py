@@ -29,7 +29,8 @@ from trainer.data.batch import Batch
 class NonFiniteLoss(UserError):
     """The loss became NaN or infinite.
 
-    step: the step's number, from 0.  where: the input, feature or layer that first had it.
+    step: the step's number, from 0 (the message counts from 1, as metrics.jsonl does).  where: the input, feature or
+    layer that first had it.
     """
 
     def __init__(self, message: str, *, step: int, where: str) -> None:
@@ -92,7 +93,7 @@ class TrainTask(nn.Module):
         where = where or "the loss itself: the logits are finite, their loss overflows"
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() and dist.get_world_size() > 1 else ""
         return NonFiniteLoss(
-            f"step {self.step}{rank}: the loss is {loss}, and training stopped before it reached the tables; "
+            f"step {self.step + 1}{rank}: the loss is {loss}, and training stopped before it reached the tables; "
             f"the first that is not finite: {where}. If the data is right, lower optim.*.lr, warm it up, or set "
             f"optim.clip_grad_norm",
             step=self.step,

@@ -24,7 +24,7 @@ class World:
 
     @classmethod
     def from_env(cls) -> "World":
-        """The world that torch's launcher describes; alone when there is no launcher. One GPU a rank where there are GPUs."""
+        """The world that torch's launcher describes; alone when there is none. Where there are GPUs a rank has one."""
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device = torch.device("cpu")

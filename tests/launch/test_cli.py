@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +122,8 @@ def test_data_is_prepared_first(command, config, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", refuse)
     code, out, err = command("train", config, "--set", "data.path=fresh")
     assert code == 2 and "the disk is full" in err
-    assert asked == {"source": "synthetic:criteo", "dest": Path("fresh"), "options": {"rows": 600_000, "seed": 1}}
+    asked_for = tomllib.loads(config.read_text())["data"]
+    assert asked == {"source": asked_for["prepare"], "dest": Path("fresh"), "options": asked_for["prepare_options"]}
     assert "writing: 50%" in out
 
 

@@ -28,7 +28,7 @@ def test_the_earliest_error_that_is_not_a_peers_is_the_cause(tmp_path):
     ]
     found = failure.explain(left_behind(tmp_path, ranks=ranks, agent=[(2, 1, None, 11.0)]))
     assert (found.kind, found.rank, found.exit_code) == ("nan", 2, 1)
-    assert found.message == "rank 2: loss is NaN at step 7"
+    assert found.message == "loss is NaN at step 7"
     assert found.details == tmp_path / "errors/rank_2.json"
 
 

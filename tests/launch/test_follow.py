@@ -102,7 +102,14 @@ def test_stopping_the_command_stops_the_ranks(tmp_path, number):
     command = [sys.executable, "-m", "launch.cli", "train", str(config), "--module", MODULE]
     env = os.environ | {"FAKE": "wait", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell without job control has its background jobs ignore SIGINT, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         run_dir = tmp_path / "runs/quickstart"

@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_tables_and_says_where_it_beg
     assert issubclass(NonFiniteLoss, UserError)
     for (step, words), (at, where, message, same) in zip(BROKEN.values(), found, strict=True):
         assert at == step and where.startswith(words), (where, words)
-        assert f"step {step}:" in message and where in message and "lower optim" in message and same
+        assert f"step {step + 1}:" in message and where in message and "lower optim" in message and same
 
 
 def broken_on_one_rank(kind: str) -> None:
@@ -225,5 +225,5 @@ def broken_on_one_rank(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "overlapped"])
 def test_the_error_names_the_rank_that_has_the_row(kind):
-    with pytest.raises(AssertionError, match=r"step 2 on rank 1: .*dense column '1' in row 41"):
+    with pytest.raises(AssertionError, match=r"step 3 on rank 1: .*dense column '1' in row 41"):
         run_ranks(broken_on_one_rank, 2, kind)
