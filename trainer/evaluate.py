@@ -18,7 +18,8 @@ from trainer.world import World
 
 @torch.no_grad()
 def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World, max_rows: int | None = None) -> dict:
-    """Metrics over all rows of the reader's split (or its first `max_rows`, rounded up to a batch).
+    """Metrics over all rows of the reader's split, or, rounded up to a batch, over `max_rows` of them: the first of
+    every stream.
 
     Every rank reads the same number of batches, the last ones padded with weight-0 rows, so no rank waits for one
     that has ended. Returns the dict of `Metrics.compute` with `seconds`, the same on all ranks.
@@ -26,7 +27,7 @@ def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World
     started = time.perf_counter()
     steps = reader.steps_per_epoch
     if max_rows is not None:
-        steps = min(steps, -(-max_rows // reader.batch_size))
+        steps = min(steps, -(-max_rows // reader.order.batch_size))
     was_training = model.training
     model.eval()
     metrics.reset()

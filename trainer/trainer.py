@@ -179,20 +179,22 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
     during_reader = built.eval_reader(during) if during and config.eval.every else None
     final_reader = built.eval_reader(final) if final else None
     samples, evaluated = 0, None
+    window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank
     built.model.train()
     log.event("phase", name="training")
     batches = _endless(reader)
     try:
         for step in range(1, steps_total + 1):
             tick = time.perf_counter()
-            _, logits_BT, batch = pipeline.step(batches)
+            loss, logits_BT, batch = pipeline.step(batches)
+            window_loss += loss
             window_metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
             seconds, samples = time.perf_counter() - tick, samples + batch.rows_in_step
             for timer in (total, window) if step > WARM_UP_STEPS or steps_total <= WARM_UP_STEPS else ():
                 timer.add(seconds=seconds, samples=batch.rows_in_step, phases=_seconds(pipeline))
 
             if step % config.train.log_every == 0 or step == steps_total:
-                _log_train(log, built, step, samples, reader.steps_per_epoch, window, window_metrics)
+                _log_train(log, built, step, samples, reader.steps_per_epoch, window, window_metrics, window_loss)
             if during_reader and step % config.eval.every == 0 and step < steps_total:
                 with pipeline.paused():
                     _log_eval(log, built, step, during, during_reader, eval_metrics, max_rows=config.eval.max_rows)
@@ -306,8 +308,18 @@ def _seconds(pipeline: Pipeline) -> dict[str, float]:
 
 
 def _log_train(
-    log: RunLog, built: Built, step: int, samples: int, steps_per_epoch: int, timer: StepTimer, metrics: Metrics
+    log: RunLog,
+    built: Built,
+    step: int,
+    samples: int,
+    steps_per_epoch: int,
+    timer: StepTimer,
+    metrics: Metrics,
+    loss_sum: torch.Tensor,
 ) -> None:
+    """Log what happened since the last such line, and begin the next window: metrics, timer and loss_sum are reset."""
+    steps = (step - 1) % built.config.train.log_every + 1
+    dist.all_reduce(loss_sum)
     figures = metrics.all_reduce().compute()
     metrics.reset()
     summary = timer.summary()
@@ -317,7 +329,7 @@ def _log_train(
         epoch=(step - 1) // steps_per_epoch,
         step=step,
         samples=samples,
-        loss=sum(task["logloss"] or 0.0 for task in figures["tasks"].values()),
+        loss=loss_sum.item() / (steps * built.world.size),
         **{key: figures[key] for key in ("ne", "auc", "calibration")},
         lr_factor=built.config.optim.schedule.factor(step - 1),
         samples_per_second=summary["samples_per_second"],
@@ -325,6 +337,7 @@ def _log_train(
         data_wait_ms=summary["phases_ms"].get("data_wait"),
         memory_bytes=peak_memory_bytes(built.world.device),
     )
+    loss_sum.zero_()
 
 
 def _log_eval(
