@@ -79,6 +79,10 @@ def prepare(
     bad_rows: Annotated[
         float | None, typer.Option(min=0, max=1, help="Stop when more than this share of lines is malformed.")
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A dataset prepared earlier: the same ids and numbers for new rows; labels may be missing."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Any other option as name=value (docs/data.md); repeatable.")
     ] = None,
@@ -90,6 +94,7 @@ def prepare(
 
     console = _console(as_json)
     options: dict[str, Any] = {"rows": rows, "seed": seed, "scale": scale, "max_rejected": bad_rows}
+    options["like"] = None if like is None else str(like)
     options |= {name: _one_or_many(value) for name, value in (("valid", valid), ("test", test)) if value}
     options |= dict(_name_and_value(text) for text in option or [])
     if replace:

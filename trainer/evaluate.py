@@ -44,10 +44,13 @@ def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World
 
 
 @torch.no_grad()
-def predict(model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ...], streams: int, world: World) -> dict:
+def predict(
+    model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ...], streams: int, labelled: bool, world: World
+) -> dict:
     """Write one row per row of the split, in the split's file order, to the Parquet file `out`.
 
-    Columns: row (int64), then for each task its label (float32) and prediction_<label> (float32, a probability).
+    Columns: row (int64), then for each task its label (float32; not where the data has none) and prediction_<label>
+    (float32, a probability).
     In evaluation order a stream is a contiguous range of rows, so each stream goes to a file of its own and rank 0
     joins them in order: memory stays that of a batch. `out` appears only when it is whole.
     """
@@ -59,7 +62,7 @@ def predict(model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ..
     model.eval()
     schema = pa.schema(
         [("row", pa.int64())]
-        + [field for task in tasks for field in ((task, pa.float32()), (f"prediction_{task}", pa.float32()))]
+        + [(name, pa.float32()) for task in tasks for name in ([task] if labelled else []) + [f"prediction_{task}"]]
     )
     mine = streams // world.size
     writers = [
@@ -70,7 +73,8 @@ def predict(model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ..
     try:
         for batch in batches:
             _, logits_BT = model(batch.to(world.device, non_blocking=True))
-            columns = _columns(batch.row_B, batch.labels_BT, torch.sigmoid(logits_BT.float()).cpu())
+            labels_BT = batch.labels_BT if labelled else None
+            columns = _columns(batch.row_B, labels_BT, torch.sigmoid(logits_BT.float()).cpu())
             per_stream = len(batch.row_B) // mine
             for i, writer in enumerate(writers):
                 rows = slice(i * per_stream, (i + 1) * per_stream)
@@ -87,10 +91,12 @@ def predict(model: nn.Module, reader: Reader, out: Path, *, tasks: tuple[str, ..
     return {"out": str(out), "rows": rows}
 
 
-def _columns(row_B: Tensor, labels_BT: Tensor, predictions_BT: Tensor) -> list[Any]:
+def _columns(row_B: Tensor, labels_BT: Tensor | None, predictions_BT: Tensor) -> list[Any]:
     columns = [row_B.cpu().numpy()]
-    for t in range(labels_BT.shape[1]):
-        columns += [labels_BT[:, t].cpu().numpy(), predictions_BT[:, t].numpy()]
+    for t in range(predictions_BT.shape[1]):
+        if labels_BT is not None:
+            columns.append(labels_BT[:, t].cpu().numpy())
+        columns.append(predictions_BT[:, t].numpy())
     return columns
 
 

@@ -142,6 +142,7 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
     started = time.time()
     log.event("phase", name="building")
     dataset = open_dataset(config.data.path, config.data.features)
+    _check_labels(dataset, "training")
     built = build(config, dataset, config.data.path, world)
     reader = built.reader("train", batch_size=config.train.batch_size, shuffle=True)
     during, final = eval_splits(config, dataset)
@@ -229,7 +230,8 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
 def evaluate_run(config: Config, run_dir: Path, world: World, *, dataset: str | None, split: str | None) -> dict:
     """Metrics of the run's newest checkpoint on a split, with the best possible ones where the data knows them."""
     built = _restored(config, run_dir, world, dataset)
-    split = split or eval_splits(config, built.dataset)[1] or "train"
+    _check_labels(built.dataset, "evaluating")
+    split = split or _last_split(config, built.dataset)
     figures = evaluate(built.model, built.eval_reader(split), built.metrics(), world=world)
     bayes = built.dataset.bayes.get(split)
     return {
@@ -244,11 +246,17 @@ def evaluate_run(config: Config, run_dir: Path, world: World, *, dataset: str | 
 def predict_run(config: Config, run_dir: Path, world: World, *, dataset: str, split: str | None, out: Path) -> dict:
     """Predictions of the run's newest checkpoint for every row of a split, in a Parquet file."""
     built = _restored(config, run_dir, world, dataset)
-    split = split or eval_splits(config, built.dataset)[1] or "train"
-    tasks, streams = built.dataset.labels, config.data.streams
-    return predict(built.model, built.eval_reader(split), out, tasks=tasks, streams=streams, world=world) | {
-        "split": split
-    }
+    split = split or _last_split(config, built.dataset)
+    figures = predict(
+        built.model,
+        built.eval_reader(split),
+        out,
+        tasks=built.dataset.labels,
+        streams=config.data.streams,
+        labelled=built.dataset.labelled,
+        world=world,
+    )
+    return figures | {"split": split}
 
 
 def eval_splits(config: Config, dataset: Dataset) -> tuple[str | None, str | None]:
@@ -265,6 +273,20 @@ def eval_splits(config: Config, dataset: Dataset) -> tuple[str | None, str | Non
     return during, final
 
 
+def _last_split(config: Config, dataset: Dataset) -> str:
+    """What eval and predict read where nobody says: the split evaluated at the end of the run if it is there."""
+    there = [name for name in (config.eval.final_split, "test", "valid", "train") if name in dataset.splits]
+    return there[0] if there else "test"
+
+
+def _check_labels(dataset: Dataset, doing: str) -> None:
+    if not dataset.labelled:
+        raise UserError(
+            f"dataset {dataset.name!r} has no labels, which {doing} needs; `tablemesh predict` works without, "
+            f"or prepare it from a source with the column {', '.join(dataset.labels)}"
+        )
+
+
 def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) -> Built:
     """The model of a run with the weights of its newest checkpoint, on the run's dataset or another of its columns."""
     newest = checkpoint.newest(run_dir)
@@ -273,14 +295,14 @@ def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) 
     other = trained_on
     if dataset and folder.resolve() != config.data.path.resolve():
         other = open_dataset(folder, config.data.features)
-        _check_columns(trained_on, other)
+        _check_columns(trained_on, other, config.data.path)
     built = build(config, trained_on, folder, world)
     checkpoint.load(newest, built.state(with_optimizer=False))
     return Built(**{**vars(built), "dataset": other})
 
 
-def _check_columns(trained_on: Dataset, other: Dataset) -> None:
-    """UserError unless `other` has the columns that the model was trained on, in the same order."""
+def _check_columns(trained_on: Dataset, other: Dataset, like: Path) -> None:
+    """UserError unless `other` has the columns that the model was trained on, in the same order, encoded alike."""
     for what, ours, theirs in (
         ("labels", trained_on.labels, other.labels),
         ("dense columns", tuple(d.name for d in trained_on.dense), tuple(d.name for d in other.dense)),
@@ -290,8 +312,14 @@ def _check_columns(trained_on: Dataset, other: Dataset) -> None:
             odd = sorted(set(ours) ^ set(theirs)) or "the order"
             raise UserError(
                 f"dataset {other.name!r} has other {what} than {trained_on.name!r}, on which the run was trained "
-                f"(they differ in {odd}); prepare it with the same spec"
+                f"(they differ in {odd}); make it with `tablemesh prepare SOURCE DEST --like {like}`"
             )
+    if trained_on.encoding and other.encoding and trained_on.encoding != other.encoding:
+        raise UserError(
+            f"dataset {other.name!r} numbers its ids in another way than {trained_on.name!r}, on which the run was "
+            "trained, so the model would look up other rows; "
+            f"make it with `tablemesh prepare SOURCE DEST --like {like}`"
+        )
 
 
 def _endless(reader: Reader) -> Iterator[Batch]:

@@ -239,7 +239,7 @@ def test_an_interrupted_run_leaves_nothing_and_a_rerun_starts_clean(tmp_path, so
     (partial / "train" / "part-00009.parquet").write_text("half")
     dataset = run()
     assert not partial.exists() and not (tmp_path / "o" / "train" / "part-00009.parquet").exists()
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["dataset.json", *sorted(dataset.splits)]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["dataset.json", "encoding", *sorted(dataset.splits)]
 
 
 def test_two_processes_do_not_prepare_the_same_folder(tmp_path, source):

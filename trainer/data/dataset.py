@@ -1,8 +1,8 @@
 """`dataset.json`: what a dataset folder holds.  Written by prepare, read by everything else.
 
-Layout of a folder:  DEST/dataset.json, DEST/<split>/part-00000.parquet, ...
+Layout of a folder:  DEST/dataset.json, DEST/<split>/part-00000.parquet, ..., DEST/encoding/ (prepare/encoding.py)
 Column types in the Parquet files of a prepared dataset:
-    label    float32, no nulls
+    label    float32, no nulls; not there where the dataset has none (labelled = false)
     dense    float32, no nulls, finite (missing values were filled)
     feature  int32, or int64 where the cardinality is above 2**31 - 1; a null is an empty bag;
              multi-hot: list<int32|int64>; a null or empty list is an empty bag
@@ -37,7 +37,7 @@ class Dense(Frozen):
 
 
 class Stats(Frozen):
-    """Per-feature figures over the train split."""
+    """Per-feature figures over the train split, or over all rows of a dataset that was prepared like another."""
 
     rows: int  # bags looked at
     ids: int  # ids in them
@@ -97,6 +97,7 @@ class Dataset(Frozen):
     name: str
     source: str  # what was prepared, in words
     labels: tuple[str, ...]
+    labelled: bool = True  # false: rows to predict for; the files have no label columns
     dense: tuple[Dense, ...] = ()
     categorical: tuple[Categorical, ...] = ()
     weight: str | None = None
@@ -106,6 +107,8 @@ class Dataset(Frozen):
     bayes: dict[str, Bayes] = {}  # by split
     positive_rate: dict[str, float] = {}  # mean of each label on the train split
     rejected: int = 0  # malformed lines of the source, listed in DEST/rejected.tsv
+    encoding: str | None = None  # hash of how values become ids and numbers; None: not known
+    like: str | None = None  # the dataset whose encoding this one was given
     inputs: str = ""  # hash of the source, the spec and the options: equal inputs make an equal dataset
 
     @property

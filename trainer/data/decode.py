@@ -51,11 +51,13 @@ class Spec:
     dense: tuple[str, ...]
     features: tuple[Feature, ...]
     weight: str | None = None
+    labelled: bool = True  # false: the files have no labels, and what stands for them is 0
 
     @property
     def columns(self) -> list[str]:
         weight = [self.weight] if self.weight else []
-        return [*self.labels, *self.dense, *(f.name for f in self.features), *weight]
+        labels = self.labels if self.labelled else ()
+        return [*labels, *self.dense, *(f.name for f in self.features), *weight]
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -95,7 +97,10 @@ def decode(table: pa.Table, spec: Spec, where: str, sink: Sink) -> None:
     where: file and row group, for errors.
     """
     for number, name in enumerate((*spec.dense, *spec.labels)):
-        sink.numbers(number, _numbers(_one_array(table.column(name)), name, where))
+        if number < len(spec.dense) or spec.labelled:
+            sink.numbers(number, _numbers(_one_array(table.column(name)), name, where))
+        else:
+            sink.numbers(number, np.zeros(len(table), np.float32))
     if spec.weight is not None:
         weight = _numbers(_one_array(table.column(spec.weight)), spec.weight, where)
         if weight.min(initial=0) < 0:

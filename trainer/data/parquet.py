@@ -265,6 +265,7 @@ class Reader:
                 for c in dataset.categorical
             ),
             weight=dataset.weight,
+            labelled=dataset.labelled,
         )
         self._source = ParquetSource(Path(dataset_folder), dataset, split, spec)
         self.order = Order(

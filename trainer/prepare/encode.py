@@ -3,7 +3,8 @@
 Letters in names: N rows of a block, L ids.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from kernels.errors import UserError
 from trainer.prepare.blocks import Rows, set_aside
 from trainer.prepare.ids import Vocabulary, hash_keys, keys_of
-from trainer.prepare.parquet import whole_numbers
+from trainer.prepare.parquet import is_text, whole_numbers
 from trainer.prepare.spec import CategoricalColumns, DenseColumns, Label, Role, Roles
 from trainer.prepare.write import id_type
 
@@ -65,28 +66,35 @@ def cardinality(role: Role, fitted: Fitted) -> int:
     return how.rows if how.rows is not None else fitted.largest[role.name] + 1
 
 
-def to_bags(rows: Rows, roles: Roles, lists: set[str]) -> tuple[Rows, dict[str, Bags]]:
-    """The keys of every feature that has ids; rows with malformed ones are set aside."""
+def to_bags(rows: Rows, roles: Roles, lists: set[str], keys: dict[str, str]) -> tuple[Rows, dict[str, Bags]]:
+    """The keys of every feature that has ids; rows with malformed ones are set aside.
+
+    keys: what the keys of a feature must be made from where its ids are known already, "integer", "text" or "hex".
+    """
     bags: dict[str, Bags] = {}
     bad: dict[int, str] = {}
     for role in roles.categorical:
         if is_bucketised(role.how):
             continue
-        found, malformed_N = _bags(rows.columns[role.column, role.kind], role, lists, rows)
+        wanted = "integer" if role.how.ids == "as_is" else keys.get(role.name)
+        found, malformed_N = _bags(rows.columns[role.column, role.kind], role, lists, rows, wanted)
         bags[role.name] = found
         if malformed_N is not None:
-            wanted = "a hexadecimal number of at most 16 digits" if role.how.hex else "an integer"
+            sort = "a hexadecimal number of at most 16 digits" if role.how.hex else "an integer"
             for i in np.flatnonzero(malformed_N):
-                bad.setdefault(int(i), f"column {role.column!r} is not {wanted}")
-    return (rows, bags) if not bad else to_bags(set_aside(rows, bad), roles, lists)
+                bad.setdefault(int(i), f"column {role.column!r} is not {sort}")
+    return (rows, bags) if not bad else to_bags(set_aside(rows, bad), roles, lists, keys)
 
 
-def _bags(values: pa.Array, role: Role, lists: set[str], rows: Rows) -> tuple[Bags, np.ndarray | None]:
+def _bags(
+    values: pa.Array, role: Role, lists: set[str], rows: Rows, wanted: str | None
+) -> tuple[Bags, np.ndarray | None]:
     """(bags, rows that are malformed or None)."""
     how = role.how
     if not is_multi_hot(role, lists):
+        values, no_integer_N = _as_wanted(values, wanted)
         keys_N, present_N, bad_N = keys_of(values, hex=how.hex)
-        return Bags(keys_N, present_N, None), bad_N
+        return Bags(keys_N, present_N, None), no_integer_N if bad_N is None else bad_N
     if how.separator is not None and role.column not in lists:
         values = pc.split_pattern(values, how.separator)
     if pa.types.is_fixed_size_list(values.type):
@@ -99,19 +107,14 @@ def _bags(values: pa.Array, role: Role, lists: set[str], rows: Rows) -> tuple[Ba
         flat = flat.cast(pa.int64())
     if pa.types.is_floating(flat.type):
         flat = whole_numbers(flat, role, rows.block)
-    is_text = pa.types.is_binary(flat.type) or pa.types.is_string(flat.type)
-    is_text |= pa.types.is_large_binary(flat.type) or pa.types.is_large_string(flat.type)
     kept_L = np.asarray(pc.is_valid(flat))
-    if is_text:
+    if is_text(flat.type):
         kept_L = kept_L & np.asarray(pc.greater(pc.binary_length(flat), 0).fill_null(False))
     row_L = np.repeat(np.arange(len(values)), lengths_N)
     if not kept_L.all():
         flat, row_L = flat.filter(pa.array(kept_L)), row_L[kept_L]
     bad_N = None
-    if is_text and how.ids == "as_is":
-        flat, bad_L = _integers(flat)
-    else:
-        bad_L = None
+    flat, bad_L = _as_wanted(flat, wanted)
     keys_L, _, bad_hex_L = keys_of(flat, hex=how.hex)
     for bad in (bad_L, bad_hex_L):
         if bad is not None and bad.any():
@@ -122,14 +125,31 @@ def _bags(values: pa.Array, role: Role, lists: set[str], rows: Rows) -> tuple[Ba
     return Bags(keys_L, lengths_N > 0, offsets), bad_N
 
 
+def _as_wanted(values: pa.Array, wanted: str | None) -> tuple[pa.Array, np.ndarray | None]:
+    """Text as integers or integers as text where these are wanted, and where text is no integer (None: nowhere)."""
+    if wanted == "integer" and is_text(values.type):
+        return _integers(values)
+    if wanted == "text" and not is_text(values.type):
+        return values.cast(pa.string()), None
+    return values, None
+
+
 def _integers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
-    """Text as int64, and where it is none."""
-    text = pc.utf8_trim_whitespace(text.cast(pa.string()))
     try:
-        return text.cast(pa.int64()), None
+        return pc.utf8_trim_whitespace(text.cast(pa.string())).cast(pa.int64()), None
     except pa.ArrowInvalid:
-        good = pc.match_substring_regex(text, r"^-?\d{1,18}$")
-        return pc.if_else(good, text, "0").cast(pa.int64()), ~np.asarray(good)
+        distinct = text.cast(pa.binary()).dictionary_encode()
+        numbers = [_integer(value) for value in distinct.dictionary.to_pylist()]
+        wrong = pa.array([number is None for number in numbers])
+        bad_N = np.asarray(wrong.take(distinct.indices).fill_null(False))
+        return pa.array(numbers, pa.int64()).take(distinct.indices), bad_N
+
+
+def _integer(text: bytes) -> int | None:
+    if not re.fullmatch(rb"-?\d{1,19}", text.strip()):
+        return None
+    number = int(text)
+    return number if -(2**63) <= number < 2**63 else None
 
 
 def encode_label(values: pa.Array, how: Label) -> np.ndarray:
@@ -207,6 +227,18 @@ def check_range(bags: Bags, role: Role, rows: Rows) -> None:
         f"{rows.block.place(int(rows.row[row]))}: column {role.column!r}: id {int(ids_L[at])}: ids taken as they are "
         f"{rule}; raise rows in the spec, or use ids = 'vocab' or 'hash'"
     )
+
+
+def leave_out_beyond(bags: Bags, largest: int) -> tuple[Bags, np.ndarray]:
+    """The bags without keys above `largest`, and whether a key (bool L) was one: a model has no row for such an id."""
+    beyond_L = bags.keys_L.view(np.int64) > largest
+    if bags.offsets is None:
+        if bags.present_N is not None:
+            beyond_L &= bags.present_N
+        present_N = ~beyond_L if bags.present_N is None else bags.present_N & ~beyond_L
+        return replace(bags, present_N=present_N), beyond_L
+    kept = np.concatenate([[0], np.cumsum(~beyond_L)])
+    return replace(bags, keys_L=bags.keys_L[~beyond_L], offsets=kept[bags.offsets]), beyond_L
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from kernels.errors import UserError
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats
-from trainer.prepare import encode
+from trainer.prepare import encode, encoding
 from trainer.prepare.blocks import File, Reject, Rows, check, find_files
 from trainer.prepare.encode import Fitted
+from trainer.prepare.encoding import Encoding
 from trainer.prepare.ids import Counter, Sample, Vocabulary
 from trainer.prepare.source import Reader, open_source
 from trainer.prepare.spec import FileOptions, Role, Spec, choose_split
@@ -37,10 +38,11 @@ _EARLY_ROWS = 100_000  # from here on too large a share of malformed lines stops
 def gather(source: str, spec: Spec, options: FileOptions) -> list[File]:
     """All files, those of the source first, then those given for valid and test."""
     split = choose_split(spec.split, options)
-    files = find_files(source, format=spec.source.format)
+    whole = "test" if split.test == () else None  # the split that the source is, if it is one
+    files = find_files(source, split=whole, format=spec.source.format)
     for name in SPLITS[1:]:
         given = getattr(split, name)
-        if isinstance(given, tuple):
+        if given and isinstance(given, tuple):
             found = find_files(",".join(given), split=name, first=len(files), format=spec.source.format)
             twice = {f.path.resolve() for f in found} & {f.path.resolve() for f in files}
             if twice:
@@ -51,11 +53,23 @@ def gather(source: str, spec: Spec, options: FileOptions) -> list[File]:
     return files
 
 
-def prepare(source: str, dest: str | Path, spec: Spec, options: FileOptions, *, inputs: str, report: Report) -> Dataset:
-    """Prepare files into `dest`; arguments as validated by trainer.prepare.prepare."""
-    reader = open_source(gather(source, spec, options), spec, block_bytes=options.block_bytes)
+def prepare(
+    source: str,
+    dest: str | Path,
+    spec: Spec,
+    options: FileOptions,
+    *,
+    like: tuple[Encoding, Fitted] | None,
+    inputs: str,
+    report: Report,
+) -> Dataset:
+    """Prepare files into `dest`; arguments as validated by trainer.prepare.prepare, like: from `encoding.load`."""
+    files = gather(source, spec, options)
+    reader = open_source(files, spec, block_bytes=options.block_bytes, to_predict=like is not None)
+    if like is not None:
+        encoding.check_source(like[0], reader)
     with Folder(dest, replace=options.existing == "replace") as folder:
-        work = _Work(reader, spec, options, folder.path, report)
+        work = _Work(reader, spec, options, folder.path, report, like)
         try:
             work.split_by_time()
             work.fit()
@@ -66,10 +80,12 @@ def prepare(source: str, dest: str | Path, spec: Spec, options: FileOptions, *, 
             work.rejected.path.replace(kept)
             raise UserError(f"{stop}\nAll {work.rejected.lines} found so far are in {kept}") from None
         work.rejected.close()
+        known = like[0] if like else encoding.store(folder.path, reader, spec, work.fitted)
         dataset = Dataset(
             name=options.name or spec.name or Path(dest).absolute().name,
             source=", ".join(f.path.name for f in reader.files[:3]) + (" ..." if len(reader.files) > 3 else ""),
-            labels=tuple(r.name for r in reader.roles.labels),
+            labels=tuple(label.name or label.column for label in spec.label),
+            labelled=bool(reader.roles.labels),
             dense=work.dense(),
             categorical=work.categorical(),
             weight=reader.roles.weight.name if reader.roles.weight else None,
@@ -78,6 +94,8 @@ def prepare(source: str, dest: str | Path, spec: Spec, options: FileOptions, *, 
             fingerprint=fingerprint(folder.path, splits, schema),
             positive_rate=work.positive_rate(),
             rejected=work.rejected.lines,
+            encoding=known.fingerprint,
+            like=str(options.like.absolute()) if options.like else None,
             inputs=inputs,
         )
         report(work.total_bytes, work.total_bytes, "done")
@@ -121,7 +139,9 @@ class _Encoded:
 
     rows: Rows
     tables: dict[str, pa.Table]
-    missing: dict[str, int]  # of the train rows, by column
+    counted: int  # rows that the figures are about: of the train split, or all where the encoding was known before
+    missing: dict[str, int]  # of these rows, by column
+    beyond: dict[str, int]  # as_is ids that the known encoding has no room for
     longest: dict[str, int]
     dense_sums: dict[str, tuple[float, float]]
     label_sums: np.ndarray
@@ -152,9 +172,10 @@ class _Moments:
 
 @dataclass
 class _Seen:
-    """Sums over the train split while it is written."""
+    """Sums over the rows that figures are about, while they are written."""
 
     missing: dict[str, int] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
     longest: dict[str, int] = field(default_factory=dict)
     dense: dict[str, list[float]] = field(default_factory=dict)
     labels: np.ndarray | None = None
@@ -162,13 +183,23 @@ class _Seen:
 
 
 class _Work:
-    def __init__(self, reader: Reader, spec: Spec, options: FileOptions, folder: Path, report: Report) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        spec: Spec,
+        options: FileOptions,
+        folder: Path,
+        report: Report,
+        like: tuple[Encoding, Fitted] | None,
+    ) -> None:
         self.reader, self.roles, self.lists = reader, reader.roles, reader.lists
         self.options, self.folder, self._report = options, folder, report
         self.rejected = _Rejected(folder / "rejected.tsv")
         self._first_pass = True
         self.total_bytes = sum(f.bytes for f in reader.files)
-        self.fitted = Fitted()
+        self._known = like[0] if like else None
+        self.fitted = like[1] if like else Fitted()
+        self._keys = {f.name: f.keys for f in self._known.features if f.keys} if self._known else {}
         self.split = choose_split(spec.split, options)
         self._splitter = Splitter(self.split, options.seed)
         self._split_rows: dict[str, int] | None = None
@@ -177,13 +208,14 @@ class _Work:
         self._iso = spec.timestamp is not None and spec.timestamp.parse == "iso8601"
 
     def _counted_before(self, role: Role) -> bool:
-        return role.how.ids == "vocab" and not encode.is_bucketised(role.how)
+        """Whether how often its ids occur is known when writing begins."""
+        return role.how.ids == "vocab" and not encode.is_bucketised(role.how) and self._known is None
 
     def _pass(self, work: Callable[[Rows], object], text: str) -> Iterator[tuple[Rows, object]]:
         """(good rows, work(good rows)) of every block; rejects are kept in the first pass and checked in each."""
 
         def one(block):
-            rows, bags = encode.to_bags(check(self.reader.parse(block), self.roles), self.roles, self.lists)
+            rows, bags = encode.to_bags(check(self.reader.parse(block), self.roles), self.roles, self.lists, self._keys)
             return rows, work(rows, bags)
 
         rows_seen = rejected = 0
@@ -236,7 +268,9 @@ class _Work:
         self._splitter = Splitter(self.split, self.options.seed, (cuts[0], cuts[1]))
 
     def fit(self) -> None:
-        """The counting pass, where anything asks for one."""
+        """The counting pass, where anything asks for one and the encoding is not known."""
+        if self._known:
+            return
         vocabularies = [r for r in self.roles.categorical if self._counted_before(r)]
         bucketised = [r for r in self.roles.categorical if encode.is_bucketised(r.how)]
         as_is = [r for r in self.roles.categorical if r.how.ids == "as_is" and r not in bucketised]
@@ -296,13 +330,18 @@ class _Work:
         self.fitted.largest = {name: max(value, 0) for name, value in largest.items()}
 
     def _check_splits(self, rows: dict[str, int]) -> None:
-        given = {f.split for f in self.reader.files if f.split}
-        for name in (*self._splitter.expected(), *sorted(given)):
+        for name in self._expected():
             if not rows.get(name):
                 raise UserError(
                     f"the split {name!r} got no row out of {sum(rows.values())} good ones; "
                     "give it a larger share, another cut or other files"
                 )
+
+    def _expected(self) -> list[str]:
+        """The splits that there will be: those that rows are drawn for, and those that files are given for."""
+        found = {f.split for f in self.reader.files}
+        drawn = self._splitter.expected() if None in found else []
+        return [name for name in SPLITS if name in found or name in drawn]
 
     def write(self) -> tuple[dict[str, Split], pa.Schema]:
         empty = {r.name: encode.is_empty_when_missing(r, self.lists) for r in self.roles.categorical}
@@ -319,8 +358,6 @@ class _Work:
             weight=weight.name if weight else None,
             timestamp=timestamp.name if timestamp else None,
         )
-        wanted = [*self._splitter.expected(), *sorted({f.split for f in self.reader.files if f.split})]
-        wanted = [name for name in SPLITS if name in wanted]
 
         def work(rows: Rows, bags: dict[str, encode.Bags]) -> _Encoded:
             return self._encode(rows, bags, schema, sizes, empty)
@@ -329,7 +366,7 @@ class _Work:
         try:
             for rows, block in self._pass(work, "writing"):
                 if not writers:
-                    for name in wanted:
+                    for name in self._expected():
                         writers[name] = SplitWriter(self.folder, name, schema, group_rows=self._group_rows(name, rows))
                 for name, table in block.tables.items():
                     writers[name].add(table)
@@ -357,26 +394,31 @@ class _Work:
 
     def _encode(self, rows, bags, schema: pa.Schema, sizes: dict[str, int], empty: dict[str, bool]) -> _Encoded:
         to_N = self._splitter.assign(rows, self._times(rows))
-        train_N = to_N == TRAIN
+        counted_N = to_N == TRAIN if self._known is None else np.ones(len(rows), bool)
         columns: list[pa.Array] = []
         missing: dict[str, int] = {}
         longest: dict[str, int] = {}
+        beyond: dict[str, int] = {}
         dense_sums: dict[str, tuple[float, float]] = {}
         labels = [encode.encode_label(rows.columns[r.column, r.kind], r.how) for r in self.roles.labels]
         columns += [pa.array(y_N) for y_N in labels]
         for role in self.roles.dense:
             x_N, missing_N = encode.encode_dense(rows.columns[role.column, role.kind], role, self.fitted)
             columns.append(pa.array(x_N))
-            of_train = x_N[train_N].astype(np.float64)
-            dense_sums[role.name] = (float(of_train.sum()), float((of_train**2).sum()))
-            missing[role.name] = int(np.count_nonzero(missing_N & train_N))
+            counted = x_N[counted_N].astype(np.float64)
+            dense_sums[role.name] = (float(counted.sum()), float((counted**2).sum()))
+            missing[role.name] = int(np.count_nonzero(missing_N & counted_N))
         for role in self.roles.categorical:
             if encode.is_bucketised(role.how):
                 ids_N, present_N = encode.bucketise(rows.columns[role.column, role.kind], role, self.fitted)
                 ids = encode.Ids(ids_N, present_N, None)
             else:
-                ids = encode.encode_ids(bags[role.name], role, self.fitted, rows, empty=empty[role.name])
-            ids_L, missing[role.name], longest[role.name] = ids.of_rows(train_N, empty=empty[role.name])
+                found = bags[role.name]
+                if self._known and role.name in self.fitted.largest and role.how.rows is None:
+                    found, beyond_L = encode.leave_out_beyond(found, self.fitted.largest[role.name])
+                    beyond[role.name] = int(beyond_L.sum())
+                ids = encode.encode_ids(found, role, self.fitted, rows, empty=empty[role.name])
+            ids_L, missing[role.name], longest[role.name] = ids.of_rows(counted_N, empty=empty[role.name])
             if role.name in self._ids:
                 self._ids[role.name].add(ids_L.view(np.uint64))
             columns.append(ids.column(sizes[role.name], empty=empty[role.name]))
@@ -393,15 +435,18 @@ class _Work:
                 tables[name] = table
             elif here_N.any():
                 tables[name] = table.filter(pa.array(here_N))
-        label_sums = np.asarray([y_N[train_N].sum(dtype=np.float64) for y_N in labels])
-        return _Encoded(rows, {n: t for n, t in tables.items() if len(t)}, missing, longest, dense_sums, label_sums)
+        label_sums = np.asarray([y_N[counted_N].sum(dtype=np.float64) for y_N in labels])
+        tables = {name: table for name, table in tables.items() if len(table)}
+        return _Encoded(rows, tables, int(counted_N.sum()), missing, beyond, longest, dense_sums, label_sums)
 
     def _see(self, block: _Encoded) -> None:
         seen = self._seen
-        seen.rows += len(block.tables["train"]) if "train" in block.tables else 0
+        seen.rows += block.counted
         seen.labels = block.label_sums if seen.labels is None else seen.labels + block.label_sums
         for name, count in block.missing.items():
             seen.missing[name] = seen.missing.get(name, 0) + count
+        for name, count in block.beyond.items():
+            seen.beyond[name] = seen.beyond.get(name, 0) + count
         for name, ids in block.longest.items():
             seen.longest[name] = max(seen.longest.get(name, 0), ids)
         for name, sums in block.dense_sums.items():
@@ -452,7 +497,13 @@ class _Work:
             reserved = unseen + (0 if encode.is_empty_when_missing(role, self.lists) else missing)
             counts = np.append(vocabulary.counts, reserved)
         else:
-            counts = self._ids[role.name].result()[1]
+            ids, counts = self._ids[role.name].result()
+            if role.how.ids == "vocab" and not encode.is_bucketised(role.how):
+                reserved = int(counts[ids == 0].sum())
+                unseen = reserved - (0 if encode.is_empty_when_missing(role, self.lists) else missing)
+            elif role.name in self._seen.beyond:
+                unseen = self._seen.beyond[role.name]
+                missing -= 0 if encode.is_multi_hot(role, self.lists) else unseen
         return make_stats(
             counts, rows=self._seen.rows, missing=missing, max_per_bag=self._seen.longest[role.name], unseen=unseen
         )

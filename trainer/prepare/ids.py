@@ -38,6 +38,17 @@ def mix64(x: np.ndarray | int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
+def unmix64(mixed: np.ndarray) -> np.ndarray:
+    """The inverse of `mix64`."""
+    with np.errstate(over="ignore"):
+        z = mixed ^ (mixed >> np.uint64(31)) ^ (mixed >> np.uint64(62))
+        z = z * np.uint64(pow(int(_MIX_2), -1, 2**64))
+        z = z ^ (z >> np.uint64(27)) ^ (z >> np.uint64(54))
+        z = z * np.uint64(pow(int(_MIX_1), -1, 2**64))
+        z = z ^ (z >> np.uint64(30)) ^ (z >> np.uint64(60))
+        return z - _GOLDEN
+
+
 def hash_keys(keys_N: np.ndarray, *, rows: int, seed: int) -> np.ndarray:
     """uint64 keys -> ids 1 .. rows-1.  rows = 2 sends everything to id 1."""
     mixed_N = mix64(keys_N ^ mix64(seed))
@@ -203,11 +214,24 @@ class Vocabulary:
         self._mixed = np.concatenate([mixed[by_value], [np.uint64(2**64 - 1)]])
         self._ids = np.concatenate([by_value + 1, [0]]).astype(np.int64)
         buckets = np.arange(1 << self._bits, dtype=np.uint64) << self._shift
-        self._starts = np.searchsorted(self._mixed, buckets).astype(np.int64)
+        narrow = np.int32 if len(order) < 2**31 - 1 else np.int64
+        self._starts = np.searchsorted(self._mixed, buckets).astype(narrow)
+
+    @classmethod
+    def in_order(cls, keys: np.ndarray) -> "Vocabulary":
+        """The vocabulary that gives these keys the ids 1, 2, ...; its counts mean nothing."""
+        return cls(keys, np.arange(len(keys), 0, -1))
 
     @property
     def cardinality(self) -> int:
         return len(self.counts) + 1
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64, the key of id 1, 2, ...: worked out when asked for, to save the memory."""
+        found = np.zeros(len(self.counts), np.uint64)
+        found[self._ids[:-1] - 1] = unmix64(self._mixed[:-1])
+        return found
 
     def look_up(self, keys_N: np.ndarray) -> np.ndarray:
         """int64 ids of uint64 keys."""

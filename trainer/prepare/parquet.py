@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from kernels.errors import UserError
 from trainer.prepare.blocks import Block, File, Rows, reading
-from trainer.prepare.spec import Role, Roles, Spec
+from trainer.prepare.spec import Role, Roles, Spec, without_labels
 
 BATCH_ROWS = 65536
 _READ_AS = {"number": pa.float64(), "integer": pa.int64()}
@@ -18,9 +18,13 @@ _READ_AS = {"number": pa.float64(), "integer": pa.int64()}
 class ParquetReader:
     """Blocks and typed columns of the Parquet files of one source."""
 
-    def __init__(self, files: list[File], spec: Spec) -> None:
+    def __init__(self, files: list[File], spec: Spec, *, to_predict: bool = False) -> None:
         self.files = files
-        self.roles = Roles.resolve(spec, _open(files[0]).schema_arrow.names, where=str(files[0].path))
+        columns = _open(files[0]).schema_arrow.names
+        if to_predict:
+            spec = without_labels(spec, columns)
+        self.roles = Roles.resolve(spec, columns, where=str(files[0].path))
+        self._text: dict[str, tuple[bool, File]] = {}  # whether a column is text, and the first file that says so
         self.lists = self._check_types()  # columns that are lists
 
     def _check_types(self) -> set[str]:
@@ -43,8 +47,24 @@ class ParquetReader:
                     )
                 if listed:
                     lists.add(role.column)
-                _check_type(file, role, kind.value_type if listed else kind)
+                kind = kind.value_type if listed else kind
+                _check_type(file, role, kind)
+                self._check_keys(file, role, kind)
         return lists
+
+    def _check_keys(self, file: File, role: Role, kind: pa.DataType) -> None:
+        """5 and "5" have different keys, so ids made from both would be two where the user means one."""
+        if role.kind != "value" or role.how.ids == "as_is" or pa.types.is_null(kind):
+            return
+        text, first = self._text.setdefault(role.column, (is_text(kind), file))
+        if text != is_text(kind):
+            raise UserError(
+                f"{file.path}: column {role.column!r} is {kind}, and {'text' if text else 'integers'} in {first.path}; "
+                "write it with one type"
+            )
+
+    def keys_of(self, role: Role) -> str:
+        return "hex" if role.how.hex else "text" if self._text.get(role.column, (False,))[0] else "integer"
 
     def blocks(self) -> Iterator[Block]:
         """All batches of all files, in order."""
@@ -85,6 +105,16 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return (
+        pa.types.is_string(inner)
+        or pa.types.is_binary(inner)
+        or pa.types.is_large_string(inner)
+        or pa.types.is_large_binary(inner)
+    )
+
+
 def _check_type(file: File, role: Role, kind: pa.DataType) -> None:
     types = pa.types
     number = types.is_integer(kind) or types.is_boolean(kind) or types.is_floating(kind) or types.is_decimal(kind)
@@ -101,12 +131,7 @@ def _check_type(file: File, role: Role, kind: pa.DataType) -> None:
         )
     else:
         inner = kind.value_type if types.is_dictionary(kind) else kind
-        text = (
-            types.is_string(inner)
-            or types.is_binary(inner)
-            or types.is_large_string(inner)
-            or types.is_large_binary(inner)
-        )
+        text = is_text(kind)
         whole = types.is_integer(inner) or types.is_boolean(inner) or types.is_floating(inner)
         fits, wanted = (
             (text or whole) and not (role.how.hex and not text),

@@ -130,6 +130,7 @@ class FileOptions(Options):
     test: Part = None
     valid_from: int | str | None = None
     test_from: int | str | None = None
+    like: Path | None = None  # dataset folder whose encoding the rows get
     max_rejected: float = Field(default=0.001, ge=0.0, le=1.0)  # share of malformed lines above which to stop
     block_bytes: int = Field(default=8 << 20, ge=64)  # text read at a time
 
@@ -236,13 +237,33 @@ def load_spec(path: str | Path) -> Spec:
     return validate(Spec, values, where=str(path))
 
 
+def without_labels(spec: Spec, columns: list[str]) -> Spec:
+    """The spec for rows that a model is to predict for: the labels left out if `columns` has none of them.
+
+    The weight and the time, which no prediction needs, are left out with them where they are not there either.
+    """
+    if any(label.column in columns for label in spec.label):
+        return spec
+    changes: dict[str, Any] = {"label": ()}
+    if spec.weight not in columns:
+        changes["weight"] = None
+    if spec.timestamp is not None and spec.timestamp.column not in columns:
+        changes["timestamp"] = None
+    return spec.model_copy(update=changes)
+
+
 def choose_split(spec: SplitSpec, options: FileOptions) -> SplitSpec:
-    """The spec's split with the options laid over it; a tenth each for valid and test where nothing was said."""
+    """The spec's split with the options laid over it; a tenth each for valid and test where nothing was said.
+
+    Of a dataset like another one, all rows are the test split then, which `test = ()` says.
+    """
     given = {k: getattr(options, k) for k in ("valid", "test", "valid_from", "test_from")}
     merged = spec.model_dump() | {k: v for k, v in given.items() if v is not None}
     if options.split is not None:
         merged["by"] = options.split
     if all(merged[k] is None for k in ("valid", "test", "valid_from", "test_from")):
+        if options.like is not None:
+            return SplitSpec(test=())  # the source is the test split
         merged |= {"valid": 0.1, "test": 0.1}
     found = SplitSpec(**merged)
     shares = [s for s in (found.valid, found.test) if isinstance(s, float)]

@@ -25,19 +25,20 @@ def make_stats(counts: np.ndarray, *, rows: int, missing: int, max_per_bag: int,
 
 
 def summary(dataset: Dataset) -> Table:
-    """A rich table of the statistics of every feature over the train split."""
+    """A rich table of the statistics of every feature, over the rows that `Stats` says."""
     splits = ", ".join(f"{name} {split.rows:,}" for name, split in dataset.splits.items())
     rates = ", ".join(f"{label} {rate:.2%} positive" for label, rate in dataset.positive_rate.items())
-    table = Table(title=f"{dataset.name}: rows {splits}; {rates}", title_justify="left")
+    told = rates if dataset.labelled else "no labels"
+    table = Table(title=f"{dataset.name}: rows {splits}; {told}", title_justify="left")
     names = [f.name for f in (*dataset.dense, *dataset.categorical)]
     # Names stay whole on a narrow terminal; the headings wrap instead.
     table.add_column("feature", min_width=min(24, max(map(len, names), default=0)), overflow="fold")
     right = ("table rows", "distinct", "top 1", "top 100", "ids / bag", "max", "missing", "unseen")
     for heading in right:
         table.add_column(heading, justify="right")
-    train = dataset.splits["train"].rows
+    counted = sum(split.rows for name, split in dataset.splits.items() if name == "train" or dataset.like)
     for dense in dataset.dense:
-        missing = "" if dense.missing is None else _percent(dense.missing, train)
+        missing = "" if dense.missing is None else _percent(dense.missing, counted)
         table.add_row(dense.name, "dense", "", "", "", "", "", missing, "")
     for feature in dataset.categorical:
         stats = feature.stats

@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 
 from kernels.errors import UserError
 from trainer.prepare.blocks import PACKED, Block, File, Reject, Rows, reading, shown
-from trainer.prepare.spec import Role, Roles, Source, Spec
+from trainer.prepare.spec import Role, Roles, Source, Spec, without_labels
 
 LONGEST_RECORD = 64 << 20  # bytes; a quoted field that runs on for longer was never closed
 _READ_AS = {"number": pa.float64(), "integer": pa.int64(), "value": pa.binary()}
@@ -27,19 +27,25 @@ _READ_AS = {"number": pa.float64(), "integer": pa.int64(), "value": pa.binary()}
 class TextReader:
     """Blocks and typed columns of the text files of one source."""
 
-    def __init__(self, files: list[File], spec: Spec, *, block_bytes: int) -> None:
+    def __init__(self, files: list[File], spec: Spec, *, block_bytes: int, to_predict: bool = False) -> None:
         self.files = files
         self.source = spec.source
         self._block_bytes = block_bytes
         self._delimiter = spec.source.delimiter or ("\t" if _is_tsv(files[0], spec.source) else ",")
         self._iso = spec.timestamp is not None and spec.timestamp.parse == "iso8601"
-        self.columns = self._names()
+        self.columns = self._names(spec, to_predict)
+        if to_predict:
+            spec = without_labels(spec, self.columns)
         self.roles = Roles.resolve(spec, self.columns, where=str(files[0].path))
         self.lists: set[str] = set()  # Parquet alone has list columns
         self._check_headers()
 
-    def _names(self) -> list[str]:
-        names = self._header(self.files[0]) if self.source.columns is None else list(self.source.columns)
+    def _names(self, spec: Spec, to_predict: bool) -> list[str]:
+        first = self._header(self.files[0])
+        names = first if self.source.columns is None else list(self.source.columns)
+        if to_predict and self.source.columns is not None:
+            unlabelled = [n for n in names if n not in {label.column for label in spec.label}]
+            names = unlabelled if len(first) == len(unlabelled) else names
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise UserError(
@@ -134,6 +140,9 @@ class TextReader:
             if len(lines) != table.num_rows:
                 raise self._misread(block)
         return Rows(block, columns, block.first_row + lines, [])
+
+    def keys_of(self, role: Role) -> str:
+        return "hex" if role.how.hex else "text"
 
     def _types(self) -> dict[str, pa.DataType]:
         """What each column of a text file is parsed as: its roles' type, or text where they differ."""
