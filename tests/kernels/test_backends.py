@@ -1,0 +1,233 @@
+"""Every backend in kernels/backends/ does what the reference does; a new file there is tested without a change here."""
+
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import registry
+from kernels.errors import UserError
+from kernels.ops import Optimizer, Spec, State, Table, TableBatchedEmbeddingBag
+from tests.kernels.cases import assert_close, batch, run, serves
+
+BACKENDS = registry.names("kernels.backends")
+TABLES = (Table(rows=13, dim=16), Table(rows=101, dim=4), Table(rows=1, dim=8))
+FEATURES = (0, 1, 0, 2, 1)  # two tables have two features each
+
+OPTIMIZERS = {
+    "sgd": Optimizer(kind="sgd", lr=0.1),
+    "sgd l2": Optimizer(kind="sgd", lr=0.1, weight_decay=0.1, decay="l2"),
+    "adagrad": Optimizer(kind="adagrad", lr=0.1),
+    "adagrad l2": Optimizer(kind="adagrad", lr=0.1, weight_decay=0.1, decay="l2"),
+    "rowwise_adagrad": Optimizer(kind="rowwise_adagrad", lr=0.1),
+    "rowwise_adagrad l2": Optimizer(kind="rowwise_adagrad", lr=0.1, weight_decay=0.1, decay="l2"),
+    "rowwise_adagrad decoupled": Optimizer(kind="rowwise_adagrad", lr=0.1, weight_decay=0.1, decay="decoupled"),
+    "rowwise_adagrad max_norm": Optimizer(kind="rowwise_adagrad", lr=0.1, max_norm=0.4),
+    "adam": Optimizer(kind="adam", lr=0.1, eps=1e-4),
+    "adam l2": Optimizer(kind="adam", lr=0.1, eps=1e-4, weight_decay=0.1, decay="l2"),
+    "adam decoupled": Optimizer(kind="adam", lr=0.1, eps=1e-4, weight_decay=0.1, decay="decoupled"),
+    "rowwise_adam": Optimizer(kind="rowwise_adam", lr=0.1, eps=1e-4),
+    "rowwise_adam l2": Optimizer(kind="rowwise_adam", lr=0.1, eps=1e-4, weight_decay=0.1, decay="l2"),
+    "rowwise_adam decoupled": Optimizer(kind="rowwise_adam", lr=0.1, eps=1e-4, weight_decay=0.1, decay="decoupled"),
+    "sgd max_gradient": Optimizer(kind="sgd", lr=0.1, max_gradient=0.5, max_norm=0.4),
+    "rowwise_adagrad max_gradient": Optimizer(kind="rowwise_adagrad", lr=0.1, max_gradient=0.5),
+}
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request, monkeypatch):
+    """One backend; every tensor it makes without filling it holds NaN."""
+    empty = torch.empty
+
+    def poisoned(*size, **kinds):
+        tensor = empty(*size, **kinds)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-7)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return request.param
+
+
+def serve(backend: str, spec: Spec) -> None:
+    if not serves(backend, spec):
+        pytest.skip(f"{backend} says why it does not")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(backend, name):
+    spec = Spec(tables=TABLES, features=FEATURES, optimizer=OPTIMIZERS[name])
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, bags=11, seed=seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("pooling", ["sum", "mean", "none"])
+def test_pooling(backend, pooling, weighted):
+    tables = TABLES if pooling != "none" else tuple(Table(rows=table.rows, dim=12) for table in TABLES)
+    spec = Spec(tables=tables, features=FEATURES, pooling=pooling, weighted=weighted, optimizer=Optimizer(lr=0.1))
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, bags=11, seed=seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("dim", [1, 3, 4, 5, 16, 64, 127, 128, 256, 513])
+def test_widths(backend, dim):
+    spec = Spec(tables=(Table(rows=17, dim=dim), Table(rows=5, dim=7)), optimizer=Optimizer(lr=0.1))
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, bags=5, seed=seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_dtypes(backend, weights, output, stochastic):
+    spec = Spec(tables=TABLES, features=FEATURES, weights=weights, output=output, stochastic=stochastic)
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, bags=11, seed=seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+def test_index_types(backend, ids, offsets):
+    spec = Spec(tables=TABLES, features=FEATURES)
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, bags=7, ids=ids, offsets=offsets)])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"bags": 1}, {"bags": 0}, {"bags": 6, "longest": 0}, {"bags": 31, "longest": 40}, {"bags": 9, "one_id": True}],
+    ids=["one bag", "no bags", "no ids", "long bags", "one id"],
+)
+def test_awkward_batches(backend, shape):
+    spec = Spec(tables=TABLES, features=FEATURES, optimizer=Optimizer(lr=0.1))
+    serve(backend, spec)
+    assert_close(backend, spec, [batch(spec, seed=seed, **shape) for seed in range(2)])
+
+
+def test_one_row_many_times(backend):
+    """Thousands of occurrences of one row among others, and one table that has nearly all the work."""
+    spec = Spec(
+        tables=(Table(rows=5000, dim=4), Table(rows=3, dim=4)), features=(0, 1), optimizer=Optimizer(kind="sgd")
+    )
+    serve(backend, spec)
+    made = batch(spec, bags=300, longest=60)
+    made.ids_N[: int(made.offsets[300])][::3] = 4999
+    assert_close(backend, spec, [made])
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_anything(backend, data):
+    dims = st.sampled_from([1, 4, 8])
+    tables = data.draw(st.lists(st.builds(Table, rows=st.integers(1, 40), dim=dims), min_size=1, max_size=4))
+    features = data.draw(st.lists(st.integers(0, len(tables) - 1), min_size=1, max_size=5))
+    spec = Spec(
+        tables=tuple(tables),
+        features=tuple(features),
+        pooling=data.draw(st.sampled_from(["sum", "mean"])),
+        weighted=data.draw(st.booleans()),
+        optimizer=data.draw(st.sampled_from(list(OPTIMIZERS.values()))),
+    )
+    if not serves(backend, spec):
+        return
+    sizes, seeds = st.integers(0, 9), st.integers(0, 99)
+    made = [batch(spec, bags=data.draw(sizes), seed=data.draw(seeds)) for _ in range(2)]
+    assert_close(backend, spec, made)
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_threads_do_not_matter(backend, pooling):
+    shape = {"pooling": pooling, "weighted": pooling == "sum"}
+    tables = (Table(rows=7, dim=5), Table(rows=900, dim=16))
+    spec = Spec(tables=tables, features=(1, 0, 1), weights=torch.float16, **shape)
+    if not serves(backend, spec):
+        spec = Spec(tables=tables[1:], pooling=pooling)
+    serve(backend, spec)
+    batches = [batch(spec, bags=257, longest=20, seed=seed) for seed in range(2)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(backend, spec, batches))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for (name, one), (_, two) in zip(found[0].all(), other.all(), strict=True):
+            assert torch.equal(one, two), f"{backend}: {name} depends on the number of threads"
+
+
+def test_stochastic_rounding_is_right_on_average(backend):
+    """Updates a hundredth of what a bf16 weight of 1 can show still move the mean, and repeat themselves exactly."""
+    spec = Spec(
+        tables=(Table(rows=2000, dim=16),), weights=torch.bfloat16, optimizer=Optimizer(kind="sgd", lr=2.0**-8 / 100)
+    )
+    serve(backend, spec)
+    found = []
+    for _ in range(2):
+        bags = TableBatchedEmbeddingBag(spec, backend=backend)
+        bags.state.tables[0].fill_(1.0)
+        for _ in range(20):
+            bags(torch.arange(2000), torch.arange(2001)).sum().backward()
+        found.append(bags.state.tables[0].float())
+    assert torch.equal(*found)
+    moved = (1 - found[0].double()).mean().item() / (20 * spec.optimizer.lr)
+    assert 0.95 < moved < 1.05
+
+
+def test_bad_ids_are_named(backend):
+    spec = Spec(tables=(Table(rows=5, dim=4), Table(rows=3, dim=4, name="colour")))
+    serve(backend, spec)
+    bags = TableBatchedEmbeddingBag(spec, backend=backend)
+    for wrong in (3, -1, 2**31 + 1):
+        with pytest.raises(UserError, match=rf"id {wrong} .*feature 1.* table colour, which has 3 rows"):
+            bags(torch.tensor([4, 2, wrong]), torch.tensor([0, 1, 3]))
+    with pytest.raises(UserError, match="offsets run from 0 to 4"):
+        bags(torch.tensor([4, 2]), torch.tensor([0, 1, 4]))
+    with pytest.raises(UserError, match="never fall"):
+        bags(torch.tensor([4, 2]), torch.tensor([0, 3, 2]))
+
+
+def test_nothing_as_large_as_a_table_is_allocated(backend):
+    spec = Spec(tables=(Table(rows=50_000, dim=8),))
+    serve(backend, spec)
+    bags = TableBatchedEmbeddingBag(spec, backend=backend)
+    made = batch(spec, bags=8)
+    bags(made.ids_N, made.offsets).backward(made.grad)
+    own = {bags.state.weights.untyped_storage().data_ptr()}
+    own |= {flat.untyped_storage().data_ptr() for flat in bags.state.states.values()}
+    sizes = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in own:
+                    sizes.append(leaf.untyped_storage().nbytes())
+            return result
+
+    with Watch():  # torch imports much when it is first watched
+        bags(made.ids_N, made.offsets).backward(made.grad)
+    tracemalloc.start()
+    with Watch():
+        bags(made.ids_N, made.offsets).backward(made.grad)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(sizes) < 50_000 and peak < 50_000  # bytes: less than one for each row
+
+
+def test_state_can_be_replaced_between_steps(backend):
+    """What a checkpoint copies into the views is what the next step reads."""
+    spec = Spec(tables=(Table(rows=4, dim=4),), optimizer=Optimizer(lr=0.5, eps=1e-6))
+    serve(backend, spec)
+    bags = TableBatchedEmbeddingBag(spec, backend=backend)
+    bags.state.tables[0].fill_(1.0)
+    bags.state.state_views("momentum1")[0].fill_(3.0)
+    bags.state.lr = 0.25
+    bags(torch.tensor([2]), torch.tensor([0, 1])).backward(torch.ones(1, 4))
+    assert torch.allclose(bags.state.state_views("momentum1")[0], torch.tensor([3.0, 3.0, 4.0, 3.0]))
+    assert torch.allclose(bags.state.tables[0][2], torch.full((4,), 1 - 0.25 / 2.0))
+    assert isinstance(bags.state, State)
