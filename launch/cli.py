@@ -45,7 +45,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _leave("user", f"the disk is full while writing {error.filename}; make room and try again", 2)
+        where = f" while writing {error.filename}" if error.filename else ""
+        _leave("user", f"the disk is full{where}; make room and try again", 2)
     except KeyboardInterrupt:
         _leave("interrupted", "stopped by Ctrl-C or SIGTERM", 1)
 
@@ -143,7 +144,7 @@ def train(
         return
     _prepare_missing(console, resolved)
     run_dir = rundir.create(resolved.run.dir, resolved.name)
-    (run_dir / "config.toml").write_text(resolved.to_toml())
+    (run_dir / "config.toml").write_text(resolved.located().to_toml())
     work = job.make(name=run_dir.name, action="train", run_dir=run_dir, nproc=nproc, module=module)
     started = time.time()
     ended = follow.run(work, starter, progress.make(console))

@@ -6,6 +6,7 @@ what they build (`trainer/models/dlrm.py: Config`) and are validated here throug
 """
 
 import hashlib
+import os
 import tomllib
 import types
 import typing
@@ -204,6 +205,11 @@ class Config(Frozen):
                 f"{world_size} ranks do not divide data.streams = {self.data.streams}; "
                 f"use {', '.join(map(str, fits))} ranks, or set data.streams to a multiple of {world_size}"
             )
+
+    def located(self) -> "Config":
+        """The same with an absolute data.path: what a run keeps, since it may be evaluated from another folder."""
+        path = Path(os.path.abspath(self.data.path))
+        return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
 
     def to_toml(self) -> str:
         """The resolved config: loading this text gives the same config."""

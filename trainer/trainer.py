@@ -86,6 +86,12 @@ class Built:
 def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built:
     """Tables -> model on the meta device -> plan -> sharded model with its initial weights -> optimizer."""
     tables = resolve(config, dataset)
+    weights, labels = config.train.task_weights, dataset.labels
+    if weights is not None and len(weights) != len(labels):
+        raise UserError(
+            f"train.task_weights = {list(weights)} has {len(weights)} values, but the data has {len(labels)} labels "
+            f"({', '.join(labels)}); give one weight for each, in this order"
+        )
     inputs = ModelInputs(
         dense=len(dataset.dense), dims=tables.dims, tasks=len(dataset.labels), features=tables.features
     )
@@ -97,7 +103,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
         world_size=world.size,
         device=world.device,
         loss=config.train.loss,
-        task_weights=config.train.task_weights,
+        task_weights=weights,
         bf16=config.train.precision == "bf16",
         dense_names=[d.name for d in dataset.dense],
     )

@@ -50,7 +50,8 @@ def test_train_eval_predict_report(folder):
     assert (report["status"], report["world_size"]) == ("finished", 2)
     assert (run_dir / "report.html").stat().st_size > 0
 
-    again = tablemesh(folder, "eval", "runs/latest", "--split", "test", "--nproc", "1", "--json")
+    # From another folder than the one that the config's relative data.path was meant for.
+    again = tablemesh(folder / "data", "eval", "../runs/latest", "--split", "test", "--nproc", "1", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["auc"] == pytest.approx(report["eval"]["auc"], abs=1e-6)
 

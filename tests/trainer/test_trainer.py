@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from kernels.errors import UserError
 from tests.ranks import run_ranks
 from trainer import checkpoint
 from trainer import config as configs
-from trainer.trainer import evaluate_run, predict_run, train
+from trainer.data.parquet import open_dataset
+from trainer.trainer import build, evaluate_run, predict_run, train
 from trainer.world import World
 
 ROWS = {"train": 1500, "valid": 333, "test": 401}
@@ -170,9 +172,11 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks(data, tmp_path):
     losses = {}
     for world_size, pipeline in ((1, "plain"), (1, "overlapped"), (2, "overlapped"), (4, "overlapped")):
         run_dir = tmp_path / f"{world_size}{pipeline}"
-        make_config(data, run_dir, optim=sgd, train={"pipeline": pipeline, "checkpoint_every": None})
+        train = {"pipeline": pipeline, "checkpoint_every": None}
+        make_config(data, run_dir, optim=sgd, train=train, eval={"max_rows": 100})
         run_ranks(run, world_size, run_dir)
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [e["rows"] for e in events if e["event"] == "eval"] == [128, 128, 128, ROWS["test"]]
         losses[world_size, pipeline] = [e["loss"] for e in events if e["event"] == "train"] + [
             e["logloss"] for e in events if e["event"] == "eval"
         ]
@@ -180,3 +184,10 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks(data, tmp_path):
     assert len(first) == 9
     for key, values in losses.items():
         assert values == pytest.approx(first, abs=1e-5), key
+
+
+def test_one_task_weight_for_each_label(data, tmp_path):
+    make_config(data, tmp_path, train={"task_weights": [1.0, 2.0, 3.0]})
+    config = configs.load(tmp_path / "config.toml")
+    with pytest.raises(UserError, match=r"task_weights = .* has 3 values, but .* 2 labels \(click, buy\)"):
+        build(config, open_dataset(data, config.data.features), data, World.from_env())
