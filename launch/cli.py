@@ -106,6 +106,8 @@ def prepare(
         print_json(dataset.model_dump(mode="json"))
     else:
         console.print(preparing.summary(dataset))
+        for text in preparing.warnings(dataset):
+            console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
         console.print(f"{dest}: " + ", ".join(f"{s.rows:,} {name} rows" for name, s in dataset.splits.items()))
 
 
@@ -181,7 +183,7 @@ def eval_(
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder, such as runs/latest.")],
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
-    out: Annotated[Path, typer.Argument(help="Parquet file to write: the labels and a prediction for each row.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write, or to replace when all is done.")],
     split: Split = None,
     nproc: Nproc = None,
     as_json: Json = False,
@@ -189,6 +191,8 @@ def predict(
     """Write a trained model's predictions to a Parquet file."""
     if not out.resolve().parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the Parquet file to write in it")
     result = _on_run(run, "predict", nproc, as_json, {"dataset": dataset, "out": out.resolve(), "split": split})
     if as_json:
         print_json(result)

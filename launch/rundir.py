@@ -1,5 +1,6 @@
 """The run folder as the command line makes and closes it; the ranks fill it."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ def report(run_dir: Path) -> dict[str, Any]:
 
 
 def close(run_dir: Path, *, name: str, world_size: int, started: float, failure: Failure) -> None:
-    """Write how a training run ended early into report.json and report.html.
+    """Write how a training run ended early into report.json, metrics.jsonl and report.html.
 
     The cause found over all ranks stands above what one of them thought: a rank that was stopped because another one
     failed has noted that it was interrupted. UserError when the files cannot be written.
@@ -66,4 +67,20 @@ def close(run_dir: Path, *, name: str, world_size: int, started: float, failure:
             "world_size": found.get("world_size", world_size),
         }
         reports.write_json(run_dir, found)
+    _log_end(run_dir, status=found["status"], seconds=time.time() - started)
     reports.write_html(run_dir)
+
+
+def _log_end(run_dir: Path, *, status: str, seconds: float) -> None:
+    """Add the event "end" to metrics.jsonl (trainer/runlog.py); UserError when it cannot be written."""
+    path = run_dir / "metrics.jsonl"
+    event = {"event": "end", "time": time.time(), "status": status, "seconds": seconds}
+    try:
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the rank was stopped in the middle of a line
+                    file.write(b"\n")
+            file.write(json.dumps(event).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -90,10 +90,13 @@ def _classify(error: BaseException) -> tuple[str, str]:
     text = str(error)
     if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER):
         return "peer", text
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _TIME_OUT):
+        return "internal", f"another rank hangs, or fell behind by more than run.timeout_seconds: {text}"
     return "internal", f"{type(error).__name__}: {text}"
 
 
-# What gloo and NCCL say when another rank has gone. A time-out is not among them: it is the first sign of a hung rank.
+# What gloo and NCCL say when another rank has gone or is silent. The latter is the first sign of a hung rank, not the
+# echo of an error that another one reports.
 _PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -101,6 +104,7 @@ _PEER = (
     "Connection refused",
     "remote process exited",
 )
+_TIME_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout")
 
 
 def _write_error(run_dir: Path, rank: int, kind: str, message: str) -> None:

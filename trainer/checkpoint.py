@@ -51,10 +51,13 @@ def save(folder: Path, state: dict[str, Any], position: Position, *, keep: int) 
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
     except dcp.api.CheckpointException as error:  # raised on every rank
+        free = shutil.disk_usage(folder).free
+        dist.barrier()
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{partial}: the checkpoint could not be written: {_first_cause(error)}; nothing is left of it, and the "
+            f"{partial}: the checkpoint could not be written: {_first_cause(error)} "
+            f"({free / 2**20:,.0f} MiB were free on this disk); nothing is left of it, and the "
             f"{len(found(folder))} finished checkpoints in {folder} are whole"
         ) from error
     dist.barrier()

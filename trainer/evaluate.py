@@ -1,7 +1,10 @@
 """Evaluation and prediction: every row of a split exactly once, on all ranks."""
 
+import contextlib
+import errno
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.errors import UserError
 from trainer.data.parquet import Reader
 from trainer.metrics import Metrics
 from trainer.world import World
@@ -54,16 +58,40 @@ def predict(
     In evaluation order a stream is a contiguous range of rows, so each stream goes to a file of its own and rank 0
     joins them in order: memory stays that of a batch. `out` appears only when it is whole.
     """
+    schema = pa.schema(
+        [("row", pa.int64())]
+        + [(name, pa.float32()) for task in tasks for name in ([task] if labelled else []) + [f"prediction_{task}"]]
+    )
+    with _parts(out, world) as parts:
+        _write_parts(model, reader, parts, schema, streams=streams, labelled=labelled, world=world)
+        dist.barrier()
+        rows = _join(parts, out, schema) if world.is_first else 0
+        dist.barrier()
+    return {"out": str(out), "rows": rows}
+
+
+@contextlib.contextmanager
+def _parts(out: Path, world: World) -> Iterator[Path]:
+    """A folder beside `out` for all ranks, which is gone when any of them fails."""
     parts = out.with_name(out.name + ".partial")
     if world.is_first:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
     dist.barrier()
+    try:
+        yield parts
+    except BaseException as error:
+        shutil.rmtree(parts, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{out}: the disk is full; make room, or write to another one") from error
+        raise
+
+
+def _write_parts(
+    model: nn.Module, reader: Reader, parts: Path, schema: pa.Schema, *, streams: int, labelled: bool, world: World
+) -> None:
+    """This rank's streams, each to PARTS/stream_S.parquet."""
     model.eval()
-    schema = pa.schema(
-        [("row", pa.int64())]
-        + [(name, pa.float32()) for task in tasks for name in ([task] if labelled else []) + [f"prediction_{task}"]]
-    )
     mine = streams // world.size
     writers = [
         pq.ParquetWriter(parts / f"stream_{world.rank * mine + i:05d}.parquet", schema, compression="zstd")
@@ -85,10 +113,6 @@ def predict(
         batches.close()
         for writer in writers:
             writer.close()
-    dist.barrier()
-    rows = _join(parts, out, schema) if world.is_first else 0
-    dist.barrier()
-    return {"out": str(out), "rows": rows}
 
 
 def _columns(row_B: Tensor, labels_BT: Tensor | None, predictions_BT: Tensor) -> list[Any]:

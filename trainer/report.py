@@ -4,6 +4,7 @@
 it can be written again at any time, also for a run that failed or is still going.
 """
 
+import errno
 import json
 import math
 import os
@@ -75,8 +76,8 @@ def _cpu_name() -> str:
 def write_json(run_dir: str | Path, report: dict[str, Any], *, name: str = "report.json") -> Path:
     """Write RUN/report.json (or another file of the run) in one move, so that a reader sees the old one or the new one.
 
-    NaN and infinity become null.
-
+    NaN and infinity become null. On a full disk the old file is overwritten where it stands, if it is large enough: a
+    run that failed must not look as if it were going on.
     UserError when the disk is full or the folder cannot be written; the old file is then still there.
     """
     text = json.dumps(plain(report), indent=2, allow_nan=False) + "\n"
@@ -140,8 +141,24 @@ def _write(path: Path, text: str) -> Path:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and _overwrite(path, text):
+            return path
         raise UserError(f"{path}: cannot be written: {error.strerror or error}{_space(path)}") from error
     return path
+
+
+def _overwrite(path: Path, text: str) -> bool:
+    """Write `text` into the room that the old file has on the disk; False where there is none or it is too small."""
+    data = text.encode()
+    if not path.is_file() or len(data) > 512 * path.stat().st_blocks:
+        return False
+    try:
+        with open(path, "r+b") as file:
+            file.write(data)
+            file.truncate()
+    except OSError:
+        return False
+    return True
 
 
 def _space(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Ranks on this machine, through TorchX's local scheduler."""
 
+import errno
 import os
 import shlex
 import signal
@@ -50,7 +51,12 @@ class Scheduler:
     def status(self, id: str) -> State:
         from torchx.specs import AppState
 
-        status = self._runner.status(id)
+        try:
+            status = self._runner.status(id)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return State.FAILED  # all have ended, and on a full disk TorchX cannot write down that they did
         names = {
             AppState.SUCCEEDED: State.SUCCEEDED,
             AppState.FAILED: State.FAILED,

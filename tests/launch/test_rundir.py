@@ -39,12 +39,15 @@ def test_find(tmp_path):
 
 def test_close_completes_a_report_that_the_ranks_left_running(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"status": "running", "steps": 7, "name": "a"}))
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "time": 1.0, "step": 7}\n{"event": "tr')
     ended = Failure(kind="signal", message="rank 1 was killed", rank=1)
     rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=ended)
     report = rundir.report(tmp_path)
     assert (report["status"], report["steps"], report["world_size"]) == ("failed", 7, 2)
     assert report["error"] == {"rank": 1, "kind": "signal", "message": "rank 1 was killed"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "report.json"]
+    *_, torn, end = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert torn == '{"event": "tr' and json.loads(end)["event"] == "end" and json.loads(end)["status"] == "failed"
     assert "rank 1 was killed" in (tmp_path / "report.html").read_text()
 
 

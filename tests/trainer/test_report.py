@@ -41,16 +41,18 @@ def test_json_round_trip_without_nan(tmp_path):
     }  # fmt: skip
 
 
-def test_a_full_disk_leaves_the_old_report_and_no_rubbish(tmp_path, monkeypatch):
+def test_on_a_full_disk_a_report_takes_the_old_ones_room_or_leaves_it(tmp_path, monkeypatch):
     report.write_json(tmp_path, {"status": "running"})
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+    report.write_json(tmp_path, {"status": "failed"})
+    assert report.read(tmp_path) == {"status": "failed"}
     with pytest.raises(UserError, match=r"report\.json: cannot be written: No space left on device .*MiB free"):
-        report.write_json(tmp_path, {"status": "finished"})
-    assert report.read(tmp_path) == {"status": "running"}
+        report.write_json(tmp_path, {"status": "x" * 100_000})
+    assert report.read(tmp_path) == {"status": "failed"}
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
