@@ -51,6 +51,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 ALIGN = 32  # elements; a table starts on a cache line of 64 bytes, whatever its dtype
 HUGE_PAGE = 2 << 20  # bytes
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,8 @@ class Spec:
     weights: dtype of the tables; output: dtype of the vectors and of their gradient.
     stochastic: 16-bit tables are rounded up or down at random after an update, with odds that make the mean right.
     The random bits are a hash of (seed, step, table, row, column), so that a run repeats itself bit for bit.
+    packed: tables follow each other without a gap, as TorchRec wants the column shards of one table; otherwise each
+    starts on a cache line.
     """
 
     tables: tuple[Table, ...]
@@ -115,6 +118,7 @@ class Spec:
     output: torch.dtype = torch.float32
     stochastic: bool = True
     seed: int = 0
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if not self.features:
@@ -150,12 +154,12 @@ class Spec:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Where each table starts in the flat weights, in elements; the last entry is their size."""
-        return _aligned(table.rows * table.dim for table in self.tables)
+        return _aligned((table.rows * table.dim for table in self.tables), to=1 if self.packed else ALIGN)
 
     @cached_property
     def row_starts(self) -> tuple[int, ...]:
         """Where each table starts in a flat state of one float per row; the last entry is its size."""
-        return _aligned(table.rows for table in self.tables)
+        return _aligned((table.rows for table in self.tables), to=1 if self.packed else ALIGN)
 
 
 class State:
@@ -287,7 +291,7 @@ def random_bits(spec: Spec, *, step: int, table: int, rows_U: Tensor, dim: int) 
 
     One 64-bit mix of (seed, step, table, row) gives a row's key; element d mixes the low half of key + d * 0x9E3779B9.
     """
-    key_U = _mix64(row_key(spec, step=step, table=table) ^ rows_U.long())
+    key_U = _mix64(_signed(row_key(spec, step=step, table=table)) ^ rows_U.long())
     x = ((key_U & 0xFFFFFFFF)[:, None] + torch.arange(dim, device=rows_U.device) * 0x9E3779B9) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
@@ -295,11 +299,14 @@ def random_bits(spec: Spec, *, step: int, table: int, rows_U: Tensor, dim: int) 
 
 
 def row_key(spec: Spec, *, step: int, table: int) -> int:
-    """The part of the random bits' key that a step's rows of one table share, as a signed 64-bit number."""
-    mixed = 0
+    """The part of the random bits' key that a step's rows of one table share, as an unsigned 64-bit number."""
+    key = 0
     for part in (spec.seed, step, table):
-        mixed = int(_mix64(torch.tensor(_signed(mixed + part * 0x9E3779B97F4A7C15))))
-    return mixed
+        x = (key + part * 0x9E3779B97F4A7C15) & MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+        key = x ^ (x >> 31)
+    return key
 
 
 def _mix64(x: Tensor) -> Tensor:
@@ -310,12 +317,11 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
-def _aligned(sizes) -> tuple[int, ...]:
-    return tuple(accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0))
+def _aligned(sizes, *, to: int) -> tuple[int, ...]:
+    return tuple(accumulate((-(-size // to) * to for size in sizes), initial=0))
 
 
 def _one_of(name: str, value: object, known: Sequence) -> None:

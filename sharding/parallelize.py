@@ -9,7 +9,6 @@ so that the values after it are the same for every plan and world size.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
+from kernels.ops import Optimizer
+from sharding.compute_kernel import KernelSharder
+from sharding.fbgemm import fused_params
 from sharding.initial_weights import fill_shard
 from sharding.plan import AllTypesSharder, embeddings_of
 from sharding.row_update import replace_update
@@ -29,20 +31,24 @@ def parallelize(
     *,
     device: torch.device,
     seed: int,
-    fused_params: dict[str, Any] | None,
+    kernel: str,
+    optimizer: Optimizer | None,
     init_dense: Callable[..., None],
     row_update: Callable[..., None] | None = None,
 ) -> DistributedModelParallel:
     """Shard `task` over the ranks of the default process group.
 
     task: a module on the meta device, with an Embeddings inside; changed in place.
-    fused_params: the update of the tables, from the optimizer (trainer/optim/base.py); None when all tables are
-        data_parallel.
+    kernel: "fbgemm" for TorchRec's own kernel, else a backend of kernels/backends/, or "auto" for the fastest of them.
+    optimizer: the update of the tables; None when all tables are data_parallel.
     init_dense(module, seed=...): fills the parameters of everything outside the tables.
-    row_update: replaces the fused update where that cannot do what the config asks; both are what `table_update` of
+    row_update: replaces FBGEMM's update where that cannot do what is asked; these three are what `table_update` of
         trainer/optim/base.py gives.
     """
-    sharder = AllTypesSharder(fused_params=dict(fused_params or {}))
+    if kernel == "fbgemm" or optimizer is None:
+        sharder = AllTypesSharder(fused_params=fused_params(optimizer, device=device) if optimizer else {})
+    else:
+        sharder = KernelSharder(backend=kernel, optimizer=optimizer)
     dmp = DistributedModelParallel(
         module=task,
         device=device,

@@ -47,6 +47,7 @@ def build_sharded(
     loss: str = "bce",
     bf16: bool = False,
     task_weights: Sequence[float] | None = None,
+    kernel: str = "fbgemm",
 ) -> Any:
     """A pipeline over the sharded model, in the process group that is up."""
     world = dist.get_world_size()
@@ -64,7 +65,7 @@ def build_sharded(
         task_weights=task_weights,
     )
     plan = make_plan(task, world_size=world, local_world_size=local_world_size or world, device=CPU, batch_size=8)
-    update = table_update(optim, plan, device=CPU)
+    update = table_update(optim, plan, device=CPU, kernel=kernel)
     dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, **update)
     optimizer = build_optimizer(optim, dmp)
     return build_pipeline(pipeline, dmp, optimizer, device=CPU, schedule=optim.schedule, clip=optim.clip_grad_norm)

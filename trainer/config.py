@@ -154,6 +154,11 @@ class Train(Frozen):
     keep_checkpoints: Positive = 2
 
 
+class Kernels(Frozen):
+    # A file in kernels/backends/, or "auto" for the fastest that can serve; "fbgemm" is TorchRec's own kernel.
+    embedding_bag: str = "fbgemm"
+
+
 class Eval(Frozen):
     every: Positive | None = None  # steps
     split: str | None = None  # during training; default valid, or test where there is no valid
@@ -176,6 +181,7 @@ class Config(Frozen):
     model: _plugin("trainer.models")  # type: ignore[valid-type]
     optim: Optim
     train: Train
+    kernels: Kernels = Kernels()
     eval: Eval = Eval()
     run: Run = Run()
 

@@ -128,7 +128,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
         device=world.device,
         seed=config.seed,
         init_dense=init_dense,
-        **table_update(config.optim, plan, device=world.device),
+        **table_update(config.optim, plan, device=world.device, kernel=config.kernels.embedding_bag),
     )
     return Built(
         config=config,
@@ -301,13 +301,13 @@ def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) 
     other = trained_on
     if dataset and folder.resolve() != config.data.path.resolve():
         other = open_dataset(folder, config.data.features)
-        _check_columns(trained_on, other, config.data.path)
+        _check_columns(trained_on, config.data.path, other, folder)
     built = build(config, trained_on, folder, world)
     checkpoint.load(newest, built.state(with_optimizer=False))
     return Built(**{**vars(built), "dataset": other})
 
 
-def _check_columns(trained_on: Dataset, other: Dataset, like: Path) -> None:
+def _check_columns(trained_on: Dataset, like: Path, other: Dataset, folder: Path) -> None:
     """UserError unless `other` has the columns that the model was trained on, in the same order, encoded alike."""
     for what, ours, theirs in (
         ("labels", trained_on.labels, other.labels),
@@ -317,13 +317,13 @@ def _check_columns(trained_on: Dataset, other: Dataset, like: Path) -> None:
         if ours != theirs:
             odd = sorted(set(ours) ^ set(theirs)) or "the order"
             raise UserError(
-                f"dataset {other.name!r} has other {what} than {trained_on.name!r}, on which the run was trained "
+                f"dataset {folder} has other {what} than {like}, on which the run was trained "
                 f"(they differ in {odd}); make it with `tablemesh prepare SOURCE DEST --like {like}`"
             )
     if trained_on.encoding and other.encoding and trained_on.encoding != other.encoding:
         raise UserError(
-            f"dataset {other.name!r} numbers its ids in another way than {trained_on.name!r}, on which the run was "
-            "trained, so the model would look up other rows; "
+            f"dataset {folder} numbers its ids in another way than {like}, on which the run was trained, so the "
+            "model would look up other rows; "
             f"make it with `tablemesh prepare SOURCE DEST --like {like}`"
         )
 

@@ -1,13 +1,14 @@
 """Adagrad: s += g^2; w -= lr * g / (sqrt(s) + eps), one s per weight; l2 * w is added to g first."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from kernels.ops import Optimizer
 from trainer.config import Plugin
+from trainer.optim.base import l2_of
 
 
 class Config(Plugin):
@@ -17,10 +18,8 @@ class Config(Plugin):
     l2: float = Field(default=0.0, ge=0.0)
 
 
-def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-
-    return {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": config.lr, "eps": config.eps}
+def table(config: Config) -> Optimizer:
+    return Optimizer(kind="adagrad", lr=config.lr, eps=config.eps, **l2_of(config))
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:

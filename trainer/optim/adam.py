@@ -5,14 +5,14 @@ counts all steps.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kernels.errors import UserError
+from kernels.ops import Optimizer
 from trainer.config import Plugin
+from trainer.optim.base import l2_of
 
 
 class Config(Plugin):
@@ -26,26 +26,9 @@ class Config(Plugin):
     l2: float = Field(default=0.0, ge=0.0)
 
 
-def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-
-    if device.type == "cpu":
-        raise UserError(
-            'optim.sparse.kind = "adam": FBGEMM has no fused Adam for tables on the CPU; use "rowwise_adagrad", '
-            '"adagrad" or "sgd", or tables.sharding = "data_parallel", or train on a GPU'
-        )
-    if config.l2:
-        raise UserError(
-            f"optim.sparse.l2 = {config.l2}: FBGEMM's Adam has no l2 for sharded tables; leave it out, or use "
-            f'"rowwise_adagrad" or tables.sharding = "data_parallel"'
-        )
-    return {
-        "optimizer": EmbOptimType.ADAM,
-        "learning_rate": config.lr,
-        "beta1": config.beta1,
-        "beta2": config.beta2,
-        "eps": config.eps,
-    }
+def table(config: Config) -> Optimizer:
+    betas = {"beta1": config.beta1, "beta2": config.beta2}
+    return Optimizer(kind="adam", lr=config.lr, eps=config.eps, **betas, **l2_of(config))
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:

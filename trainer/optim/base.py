@@ -3,8 +3,8 @@
 An optimizer is a file in this folder.  It holds
 
     class Config(trainer.config.Plugin)           lr and its own options; l2
-    fused(config, *, device) -> dict              TorchRec's fused_params: the update of a table's rows inside the
-                                                  backward; UserError where FBGEMM has no such kernel
+    table(config) -> kernels.ops.Optimizer        the update of a table's rows inside the backward; UserError for
+                                                  options that tables cannot have
     dense(config, params) -> Optimizer            everything that is not a table
     row_state(p_ED) -> dict[str, Tensor]          zeros: the state of a table's rows, each (E, ...), by name
     update_rows(config, w_UD, g_UD, states, *, lr, step)
@@ -12,10 +12,10 @@ An optimizer is a file in this folder.  It holds
                                                   and of their states (in the order of row_state); step counts from 1
     state_bytes_per_row(config, dim) -> int       optimizer state of one table row of `dim` columns
 
-`params` are tensors in a fixed order; `device` is a torch.device.  Every learning rate is a plain float in a param
+`params` are tensors in a fixed order.  Every learning rate is a plain float in a param
 group: `set_factor` scales them all by the schedule.  `l2` adds l2 * w to the gradient of w; for a table, of the rows
-that the batch touches and no others.  Where FBGEMM's kernel does not have it (on the CPU none has), `update_rows` takes
-the kernel's place; the `fused` of a kernel that has it gives "weight_decay".
+that the batch touches and no others.  Where FBGEMM's kernel was asked for and does not have it, `update_rows` takes the
+kernel's place.
 
 data_parallel tables, whose gradients arrive as dense (E, D) tensors, are updated by `update_rows` too: `RowOptimizer`.
 
@@ -40,23 +40,26 @@ def plugin(config: Plugin) -> Any:
     return registry.load("trainer.optim", config.kind)
 
 
-def fused_params(config: Optim, *, device: torch.device) -> dict[str, Any]:
-    """TorchRec's fused_params for the tables."""
-    return plugin(config.sparse).fused(config.sparse, device=device)
+def l2_of(config: Any) -> dict[str, Any]:
+    """`l2` of a Config as arguments of kernels.ops.Optimizer."""
+    return {"weight_decay": config.l2, "decay": "l2"} if config.l2 else {}
 
 
-def table_update(config: Optim, plan: Any, *, device: torch.device) -> dict[str, Any]:
-    """How the tables of a plan are updated in the backward, as keyword arguments of `sharding.parallelize`:
-    fused_params (None when all tables are data_parallel), and row_update (None where FBGEMM's does what is asked).
+def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str) -> dict[str, Any]:
+    """How the tables of a plan are looked up and updated, as keyword arguments of `sharding.parallelize`:
+
+    kernel: as given; optimizer: None when all tables are data_parallel; row_update: None unless the kernel is FBGEMM's
+    and lacks what is asked.
     """
+    from sharding.fbgemm import lacks_decay
     from sharding.plan import has_fused_tables
 
     if not has_fused_tables(plan):
-        return {"fused_params": None, "row_update": None}
-    fused = fused_params(config, device=device)
-    replace = bool(config.sparse.l2) and "weight_decay" not in fused
+        return {"kernel": "fbgemm", "optimizer": None, "row_update": None}
+    optimizer = plugin(config.sparse).table(config.sparse)
+    replace = kernel == "fbgemm" and lacks_decay(optimizer, device=device)
     update = partial(plugin(config.sparse).update_rows, config.sparse, step=None) if replace else None
-    return {"fused_params": fused, "row_update": update}
+    return {"kernel": kernel, "optimizer": optimizer, "row_update": update}
 
 
 def build_optimizer(config: Optim, dmp: nn.Module) -> Any:

@@ -5,14 +5,14 @@ each the mean over its own columns: a plan with column-wise shards trains slight
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from kernels.ops import Optimizer
 from trainer.config import Plugin
-from trainer.optim.base import RowOptimizer
+from trainer.optim.base import RowOptimizer, l2_of
 
 
 class Config(Plugin):
@@ -22,14 +22,8 @@ class Config(Plugin):
     l2: float = Field(default=0.0, ge=0.0)
 
 
-def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
-
-    params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": config.lr, "eps": config.eps}
-    if config.l2 and device.type == "cuda":  # the CPU kernel takes these two and ignores them
-        params |= {"weight_decay": config.l2, "weight_decay_mode": WeightDecayMode.L2}
-    return params
+def table(config: Config) -> Optimizer:
+    return Optimizer(kind="rowwise_adagrad", lr=config.lr, eps=config.eps, **l2_of(config))
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -1,14 +1,15 @@
 """Stochastic gradient descent: w -= lr * (g + l2 * w)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from kernels.errors import UserError
+from kernels.ops import Optimizer
 from trainer.config import Plugin
+from trainer.optim.base import l2_of
 
 
 class Config(Plugin):
@@ -20,11 +21,9 @@ class Config(Plugin):
     l2: float = Field(default=0.0, ge=0.0)
 
 
-def fused(config: Config, *, device: torch.device) -> dict[str, Any]:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-
+def table(config: Config) -> Optimizer:
     _check_for_tables(config)
-    return {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": config.lr}
+    return Optimizer(kind="sgd", lr=config.lr, **l2_of(config))
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:

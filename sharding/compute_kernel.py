@@ -1,0 +1,235 @@
+"""tablemesh's kernels where TorchRec puts FBGEMM's.
+
+    KernelSharder(backend=..., optimizer=...)                  for DistributedModelParallel
+    FusedEmbeddingBag                                          stands for BatchedFusedEmbeddingBag
+
+Nothing of TorchRec is patched: the sharder, the sharded collection and the look-up are subclasses, and data-parallel
+tables keep TorchRec's dense kernel.  FusedEmbeddingBag gives TorchRec's EmbeddingFusedOptimizer what it asks of
+FBGEMM's module (`_Tables`), so that the fused optimizer, the state dict (weights of a shard as (rows, columns), states
+under FBGEMM's names) and the pipelines are TorchRec's own; a checkpoint written with one kernel loads with the other.
+
+Shapes: B bags of a feature on this rank, X columns of all features of a group, N ids.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from torch import Tensor, nn
+from torchrec.distributed.batched_embedding_kernel import (
+    BaseBatchedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+)
+from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from kernels.ops import Optimizer, Spec, Table, TableBatchedEmbeddingBag
+from sharding.plan import AllTypesSharder, embeddings_of
+
+# Our states in the order of kernels.ops.STATES, as FBGEMM's get_optimizer_state names them.
+STATE_NAMES = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "rowwise_adam": ("exp_avg", "exp_avg_sq"),
+}
+
+
+def kernels_of(task: nn.Module) -> list["FusedEmbeddingBag"]:
+    """Our kernels of a sharded task; none where the tables have FBGEMM's or a dense one."""
+    lookups = embeddings_of(task).ebc._lookups  # a plain list, which modules() does not see
+    return [kernel for lookup in lookups for kernel in lookup.modules() if isinstance(kernel, FusedEmbeddingBag)]
+
+
+class KernelSharder(AllTypesSharder):
+    """Shards an EmbeddingBagCollection onto a backend of kernels/backends/, or the fastest ("auto")."""
+
+    def __init__(self, *, backend: str, optimizer: Optimizer) -> None:
+        super().__init__(fused_params={})
+        self.backend, self.optimizer = backend, optimizer
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> "KernelCollection":
+        return KernelCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+            backend=self.backend,
+            optimizer=self.optimizer,
+        )
+
+
+class KernelCollection(ShardedEmbeddingBagCollection):
+    """TorchRec's sharded collection with our kernel in its look-ups."""
+
+    def __init__(self, *args: Any, backend: str, optimizer: Optimizer, **kwargs: Any) -> None:
+        self._kernel = {"backend": backend, "optimizer": optimizer}  # first: TorchRec's __init__ creates the look-ups
+        super().__init__(*args, **kwargs)
+
+    def _create_lookups(self) -> None:
+        for sharding in self._embedding_shardings:
+            if isinstance(sharding, DpPooledEmbeddingSharding):
+                self._lookups.append(sharding.create_lookup())  # dense gradients: nothing is fused
+                continue
+            self._lookups.append(
+                KernelLookup(
+                    grouped_configs=sharding._grouped_embedding_configs_per_rank[self._env.rank],
+                    device=self._device,
+                    pg=self._env.process_group,
+                    env=self._env,
+                    **self._kernel,
+                )
+            )
+
+
+class KernelLookup(GroupedPooledEmbeddingsLookup):
+    """The look-ups of one sharding type on one rank, one kernel per group of tables."""
+
+    def __init__(self, *, backend: str, optimizer: Optimizer, **kwargs: Any) -> None:
+        self._kernel = {"backend": backend, "optimizer": optimizer}
+        super().__init__(**kwargs)
+
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, device: torch.device | None, pg: Any, *_: Any
+    ) -> "FusedEmbeddingBag":
+        assert device is not None
+        return FusedEmbeddingBag(config, pg, device=device, **self._kernel)
+
+
+class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
+    """One group of tables of one rank, all looked up, and updated, in one call."""
+
+    def __init__(
+        self, config: GroupedEmbeddingConfig, pg: Any, *, device: torch.device, backend: str, optimizer: Optimizer
+    ) -> None:
+        super().__init__(config, pg, device)
+        assert config.pooling is PoolingType.SUM, "sharding/embeddings.py divides for the mean itself"
+        spec = Spec(
+            tables=tuple(Table(rows=t.local_rows, dim=t.local_cols, name=t.name) for t in config.embedding_tables),
+            features=tuple(self._feature_table_map),
+            optimizer=optimizer,
+            packed=True,  # TorchRec takes the column shards of a table for one contiguous slice
+        )
+        self.bags = TableBatchedEmbeddingBag(spec, backend=backend, device=device)
+        self._emb_module = _Tables(self.bags)
+        self._optim = EmbeddingFusedOptimizer(config, self._emb_module, self._pg)
+
+    def forward(
+        self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None
+    ) -> Tensor:
+        assert not features.variable_stride_per_key() and vbe_output is None, "one stride for all features"
+        weights_N = features.weights_or_none()
+        if weights_N is not None and not weights_N.is_floating_point():
+            weights_N = None
+        return self.bags(features.values(), features.offsets(), weights_N)
+
+    @property
+    def emb_module(self) -> "_Tables":
+        return self._emb_module
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optim
+
+    @property
+    def _param_per_table(self) -> dict[str, TableBatchedEmbeddingSlice]:
+        """Each table (all its column shards here together) as a slice of the flat weights, with its optimizer."""
+        found: dict[str, TableBatchedEmbeddingSlice] = {}
+        state = self.bags.state
+        for t, table in enumerate(self._config.embedding_tables):
+            if table.name in found:
+                continue
+            size = self.table_name_to_count[table.name] * table.local_rows * table.local_cols
+            start = self.bags.spec.starts[t]
+            weight = TableBatchedEmbeddingSlice(
+                data=self._emb_module.flat,
+                start_offset=start,
+                end_offset=start + size,
+                num_embeddings=-1,
+                embedding_dim=table.local_cols,
+            )
+            weight._in_backward_optimizers = [
+                EmbeddingFusedOptimizer(
+                    config=self._config,
+                    emb_module=self._emb_module,
+                    pg=self._pg,
+                    create_for_table=table.name,
+                    param_weight_for_table=weight,
+                    embedding_weights_by_table=list(state.tables),
+                    all_optimizer_states=self._emb_module.get_optimizer_state(),
+                )
+            ]
+            found[table.name] = weight
+        return found
+
+    @_param_per_table.setter
+    def _param_per_table(self, value: dict[str, TableBatchedEmbeddingSlice]) -> None:
+        pass  # BaseBatchedEmbeddingBag's constructor sets an empty one
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tables, marked as updated in the backward: an optimizer outside leaves them alone."""
+        for name, tensor in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
+            parameter = nn.Parameter(tensor)
+            parameter._in_backward_optimizers = [EmptyFusedOptimizer()]
+            yield name, parameter
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield from ()
+
+
+class _Tables:
+    """What TorchRec's EmbeddingFusedOptimizer and look-ups ask of FBGEMM's module, answered from our State."""
+
+    weights_precision = SparseType.FP32
+
+    def __init__(self, bags: TableBatchedEmbeddingBag) -> None:
+        self._bags = bags
+        self.flat = nn.Parameter(bags.state.weights)
+        self.feature_table_map = list(bags.spec.features)
+        self.embedding_specs = [(t.rows, t.dim, EmbeddingLocation.HOST, None) for t in bags.spec.tables]
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        return list(self._bags.state.tables)
+
+    def split_optimizer_states(self) -> list[list[Tensor]]:
+        """Per table its states; empty where the optimizer has none."""
+        views = [self._bags.state.state_views(name) for name in self._bags.state.states]
+        return [list(of_table) for of_table in zip(*views, strict=True)]
+
+    def get_optimizer_state(self) -> list[dict[str, Tensor]]:
+        names = STATE_NAMES[self._bags.spec.optimizer.kind]
+        return [dict(zip(names, states, strict=True)) for states in self.split_optimizer_states()]
+
+    def get_learning_rate(self) -> float:
+        return self._bags.state.lr
+
+    def set_learning_rate(self, lr: float) -> None:
+        self._bags.state.lr = lr
+
+    def set_optimizer_step(self, step: int) -> None:
+        self._bags.state.step = step
