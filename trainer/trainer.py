@@ -16,6 +16,7 @@ from torch import nn
 
 from kernels import registry
 from kernels.errors import UserError
+from sharding.compute_kernel import kernels_of
 from sharding.embeddings import build_embeddings
 from sharding.parallelize import parallelize
 from sharding.plan import describe, make_plan
@@ -435,15 +436,20 @@ def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]
             "features": [c.model_dump(mode="json") for c in dataset.categorical],
             "dense": [d.model_dump(mode="json") for d in dataset.dense],
         },
-        "kernels": {
-            "embedding_bag": {
-                "backend": "fbgemm",
-                "why": "TorchRec's fused compute kernel is FBGEMM's table-batched embedding, with the optimizer in its "
-                "backward; data-parallel tables use its dense kernel",
-            }
-        },
+        "kernels": {"embedding_bag": _embedding_kernel(built)},
         "versions": report.versions(),
         "hardware": report.hardware(),
         "config_sha256": built.config.sha256(),
         "data_fingerprint": dataset.fingerprint,
     }
+
+
+def _embedding_kernel(built: Built) -> dict[str, str]:
+    """Which kernel looks up this rank's tables, and why."""
+    own = kernels_of(built.model.module)
+    if own:
+        choices = {kernel.bags.choice.name: kernel.bags.choice.why for kernel in own}
+        return {"backend": ", ".join(choices), "why": "; ".join(dict.fromkeys(choices.values()))}
+    if built.config.kernels.embedding_bag == "fbgemm":
+        return {"backend": "fbgemm", "why": "asked for: TorchRec's own kernel, with the optimizer in its backward"}
+    return {"backend": "torchrec dense", "why": "this rank holds data_parallel tables alone, or none"}
