@@ -47,7 +47,9 @@ def main() -> None:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         _leave("user", f"the disk is full{where}; make room and try again", 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # 130 is what Typer makes of an interrupt
+            raise
         _leave("interrupted", "stopped by Ctrl-C or SIGTERM", 1)
 
 

@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,3 +256,27 @@ def test_doctor_exit_code(command, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(group="a", name="torch", state="ok", found="2.13.0")])
     code, out, _ = command("doctor")
     assert code == 0 and "ready to train" in out
+
+
+def test_an_interrupted_prepare_says_so_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "prepare", "synthetic:zipf4", "d", "--rows", "100000000"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control has its background jobs ignore SIGINT, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".d.partial/train").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "error: stopped by Ctrl-C or SIGTERM" in said
+    assert not list(tmp_path.iterdir())

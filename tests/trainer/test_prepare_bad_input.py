@@ -11,7 +11,7 @@ import pytest
 from kernels.errors import UserError
 from tests.trainer.criteo_text import criteo_lines
 from trainer.data.dataset import load
-from trainer.prepare import prepare
+from trainer.prepare import prepare, warnings
 from trainer.prepare.write import SplitWriter
 
 SPEC = """
@@ -190,7 +190,7 @@ def test_sources_that_do_not_fit_what_was_asked(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             prepare(source, tmp_path / "o", options=options)
-    with pytest.raises(UserError, match=r"e.csv: its header differs .*'b'"):
+    with pytest.raises(UserError, match=r"e.csv: its header differs .*lacks 'a'"):
         prepare(f"{tmp_path}/d.csv,{tmp_path}/e.csv", tmp_path / "o", spec=tmp_path / "s.toml")
     with pytest.raises(UserError, match="given for valid and elsewhere"):
         options = {"valid": f"{tmp_path}/d.csv"}
@@ -275,3 +275,73 @@ def test_the_lock_does_not_stay_in_the_dataset(tmp_path):
     prepare("synthetic:zipf4", tmp_path / "o", options={"rows": 50})
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["dataset.json", "test", "train"]
     assert pq.read_table(tmp_path / "o" / "train" / "part-00000.parquet").num_rows == 40
+
+
+def write(tmp_path, name, text, spec=SPEC):
+    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "s.toml").write_text(spec)
+    return str(tmp_path / name)
+
+
+GOOD = "y,x,a\n" + "".join(f"{i % 2},{i},k{i % 5}\n" for i in range(300))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("\n1,101,k", '\n1,101,"k').replace("\n0,202,k", '\n0,202,"k'), "d.csv, line 103: the quote that"),
+        (GOOD.replace("\n1,101,k", '\n1,101,"k'), "d.csv, line 103: somewhere in the next"),
+        (GOOD.replace("\n", "\r"), "d.csv, line 1: the header cannot be read"),
+        (GOOD.replace(",", ";"), r"no ',' in the header, but ';'; set delimiter = \";\""),
+    ],
+)
+def test_text_that_would_be_read_as_something_else(tmp_path, text, message):
+    source = write(tmp_path, "d.csv", text)
+    with pytest.raises(UserError, match=message):
+        prepare(source, tmp_path / "o", spec=tmp_path / "s.toml")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("y,a\n0,b\n", "it lacks 'x'"), ("y,x,a,q\n0,1,b,2\n", "it has 'q' too"), ("a,y,x\nb,0,1\n", "another order")],
+)
+def test_a_file_with_other_columns(tmp_path, header, message):
+    other = write(tmp_path, "other.csv", header)
+    source = write(tmp_path, "d.csv", GOOD)
+    with pytest.raises(UserError, match=f"other.csv: its header differs from that of .*d.csv: .*{message}"):
+        prepare(source, tmp_path / "o", spec=tmp_path / "s.toml", options={"valid": other})
+
+
+def test_one_column_with_integers_in_one_file_and_text_in_another(tmp_path):
+    for name, values in (("1.parquet", [1, 2]), ("2.parquet", ["1", "2"])):
+        pd.DataFrame({"y": [0, 1], "x": [0.0, 1.0], "a": values}).to_parquet(tmp_path / name)
+    (tmp_path / "s.toml").write_text(SPEC)
+    with pytest.raises(UserError, match=r"2.parquet: column 'a' is .*string, and integers in .*1.parquet"):
+        prepare(str(tmp_path / "*.parquet"), tmp_path / "o", spec=tmp_path / "s.toml")
+
+
+def test_the_list_of_rejected_lines_is_not_taken_for_a_source(tmp_path):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", "d.csv", GOOD + "x,y,z\n")
+    spec = tmp_path / "in" / "s.toml"
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 301 lines are malformed"):
+            prepare(str(tmp_path / "in"), tmp_path / "in" / "o", spec=spec)
+    assert prepare(str(tmp_path / "in"), tmp_path / "in" / "o", spec=spec, options={"max_rejected": 0.1}).rejected == 1
+
+
+def test_no_rows_for_a_split_by_a_share_of_0(tmp_path):
+    source = write(tmp_path, "d.csv", GOOD)
+    dataset = prepare(source, tmp_path / "o", spec=tmp_path / "s.toml", options={"valid": "0", "test": "0.1"})
+    assert list(dataset.splits) == ["train", "test"]
+
+
+def test_what_looks_like_a_slip_is_said(tmp_path):
+    nothing = "".join(f"0,,{'' if i < 299 else 'k'}\n" for i in range(300))
+    source = write(tmp_path, "d.csv", "y,x,a\n" + nothing)
+    dataset = prepare(source, tmp_path / "o", spec=tmp_path / "s.toml", options={"valid": 0.1, "seed": 3})
+    said = warnings(dataset)
+    assert said[0] == "label 'y' is 0 in every row: there is nothing to learn"
+    assert said[-1] == "dense column 'x' has no value in any row"
+    assert not warnings(prepare(write(tmp_path, "g.csv", GOOD), tmp_path / "g", spec=tmp_path / "s.toml"))

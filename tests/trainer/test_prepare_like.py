@@ -218,21 +218,20 @@ def test_a_vocabulary_goes_through_its_keys(keys):
     assert np.array_equal(kept.look_up(keys + np.uint64(1)), counted.look_up(keys + np.uint64(1)))
 
 
-def _train(run_dir):
-    return train(configs.load(run_dir / "config.toml"), run_dir, World.from_env())
-
-
-def _predict(run_dir, data, out):
-    config = configs.load(run_dir / "config.toml")
-    return predict_run(config, run_dir, World.from_env(), dataset=str(data), split=None, out=out)
-
-
-def _evaluate(run_dir, data):
-    try:
-        config = configs.load(run_dir / "config.toml")
-        return evaluate_run(config, run_dir, World.from_env(), dataset=str(data), split=None)
-    except UserError as error:
-        return str(error)
+def _story(run_dir, folder):
+    """Train, predict for the datasets `new` and `bare` in the folder, evaluate on `new`, `bare` and `own`."""
+    config, world = configs.load(run_dir / "config.toml"), World.from_env()
+    train(config, run_dir, world)
+    for name in ("new", "bare"):
+        out = folder / f"{name}.parquet"
+        assert predict_run(config, run_dir, world, dataset=str(folder / name), split=None, out=out)["split"] == "test"
+    found = []
+    for name in ("new", "bare", "own"):
+        try:
+            found.append(evaluate_run(config, run_dir, world, dataset=str(folder / name), split=None))
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def test_a_model_predicts_for_rows_that_have_no_label(known, tmp_path):
@@ -257,26 +256,16 @@ def test_a_model_predicts_for_rows_that_have_no_label(known, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.toml").write_text(configs.validate(configs.Config, values, where="test").to_toml())
-    run_ranks(_train, 2, run_dir)
+    new_figures, no_labels, other_ids = run_ranks(_story, 2, run_dir, tmp_path)[0]
+    assert (new_figures["split"], new_figures["rows"]) == ("test", 130)
+    assert "'bare' has no labels, which evaluating needs" in no_labels
+    assert "numbers its ids in another way" in other_ids and f"--like {known / 'A'}" in other_ids
 
-    for name in ("new", "bare"):
-        assert run_ranks(_predict, 2, run_dir, tmp_path / name, tmp_path / f"{name}.parquet")[0]["rows"] == 130
     labelled, unlabelled = pq.read_table(tmp_path / "new.parquet"), pq.read_table(tmp_path / "bare.parquet")
     assert labelled.column_names == ["row", "liked", "prediction_liked"]
     assert labelled["liked"].to_pylist() == (new["rating"] >= 4).astype(float).tolist()
     assert unlabelled.column_names == ["row", "prediction_liked"]
     assert unlabelled["prediction_liked"].equals(labelled["prediction_liked"])
-
-    assert _figures(run_ranks(_evaluate, 1, run_dir, tmp_path / "new")) == ("test", 130)
-    [message] = run_ranks(_evaluate, 1, run_dir, tmp_path / "bare")
-    assert "'bare' has no labels, which evaluating needs" in message
-    [message] = run_ranks(_evaluate, 1, run_dir, tmp_path / "own")
-    assert "numbers its ids in another way" in message and f"--like {known / 'A'}" in message
-
-
-def _figures(results):
-    assert isinstance(results[0], dict), results
-    return results[0]["split"], results[0]["rows"]
 
 
 def test_the_encoding_is_readable(known):

@@ -15,9 +15,9 @@ from trainer.prepare.blocks import find_files
 from trainer.prepare.encode import Fitted
 from trainer.prepare.encoding import Encoding
 from trainer.prepare.spec import CriteoOptions, FileOptions, Options, Spec, load_spec
-from trainer.prepare.stats import summary
+from trainer.prepare.stats import summary, warnings
 
-__all__ = ["Progress", "prepare", "summary"]
+__all__ = ["Progress", "prepare", "summary", "warnings"]
 
 # progress(done, total, text): done and total in bytes of the source (rows for synthetic data); text says what is being
 # done ("counting", "writing").  `done` starts again at 0 with each pass.  Called from the calling thread.

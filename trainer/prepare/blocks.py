@@ -13,6 +13,7 @@ from trainer.prepare.spec import Roles
 
 TEXT = (".csv", ".tsv", ".txt", ".tab", ".dat")
 PACKED = (".gz", ".bz2")
+REJECTED = ".rejected.tsv"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -80,6 +81,7 @@ def find_files(source: str, *, split: str | None = None, first: int = 0, format:
         if path.is_dir():
             wanted = (".parquet", *TEXT, *(t + p for t in TEXT for p in PACKED))
             inside = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(wanted))
+            inside = [p for p in inside if not p.name.endswith(REJECTED)]  # what an earlier run left beside its DEST
             if not inside:
                 raise UserError(
                     f"{path}: no file in this folder ends in {', '.join(('.parquet', *TEXT))} (or these with .gz)"
@@ -114,6 +116,8 @@ class reading:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (PermissionError, FileNotFoundError)):
+            raise UserError(f"{self.file.path}: {error.strerror}; give files that can be read") from error
         if isinstance(error, (OSError, EOFError, pa.ArrowInvalid)) and not isinstance(error, UserError):
             raise UserError(f"{self.file.path}: cannot be read to its end: {error}; is the file whole?") from error
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from kernels.errors import UserError
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats
 from trainer.prepare import encode, encoding
-from trainer.prepare.blocks import File, Reject, Rows, check, find_files
+from trainer.prepare.blocks import REJECTED, File, Reject, Rows, check, find_files
 from trainer.prepare.encode import Fitted
 from trainer.prepare.encoding import Encoding
 from trainer.prepare.ids import Counter, Sample, Vocabulary
@@ -75,7 +75,7 @@ def prepare(
             work.fit()
             splits, schema = work.write()
         except _TooManyRejected as stop:
-            kept = Path(f"{Path(dest).absolute()}.rejected.tsv")
+            kept = Path(f"{Path(dest).absolute()}{REJECTED}")
             work.rejected.close()
             work.rejected.path.replace(kept)
             raise UserError(f"{stop}\nAll {work.rejected.lines} found so far are in {kept}") from None
@@ -239,7 +239,7 @@ class _Work:
         shown = "".join(f"\n  {r.file}, {word} {r.row}: {r.reason}" for r in self.rejected.first)
         raise _TooManyRejected(
             f"{rejected} of {rows} {word}s are malformed, {rejected / rows:.2%}, and max_rejected allows "
-            f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected to leave them out. "
+            f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected (--bad-rows) to leave them out. "
             f"The first:{shown}"
         )
 

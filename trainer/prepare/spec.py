@@ -265,7 +265,7 @@ def choose_split(spec: SplitSpec, options: FileOptions) -> SplitSpec:
         if options.like is not None:
             return SplitSpec(test=())  # the source is the test split
         merged |= {"valid": 0.1, "test": 0.1}
-    found = SplitSpec(**merged)
+    found = SplitSpec(**{k: None if v == 0.0 and k in SPLITS else v for k, v in merged.items()})
     shares = [s for s in (found.valid, found.test) if isinstance(s, float)]
     if any(not 0 < s < 1 for s in shares) or sum(shares) >= 1:
         raise UserError(

@@ -32,7 +32,7 @@ def summary(dataset: Dataset) -> Table:
     table = Table(title=f"{dataset.name}: rows {splits}; {told}", title_justify="left")
     names = [f.name for f in (*dataset.dense, *dataset.categorical)]
     # Names stay whole on a narrow terminal; the headings wrap instead.
-    table.add_column("feature", min_width=min(24, max(map(len, names), default=0)), overflow="fold")
+    table.add_column("feature", min_width=min(24, max(map(len, ("feature", *names)))), overflow="fold")
     right = ("table rows", "distinct", "top 1", "top 100", "ids / bag", "max", "missing", "unseen")
     for heading in right:
         table.add_column(heading, justify="right")
@@ -57,6 +57,26 @@ def summary(dataset: Dataset) -> Table:
             _percent(stats.unseen, stats.ids),
         )
     return table
+
+
+def warnings(dataset: Dataset) -> list[str]:
+    """What looks like a slip in the spec or the source, though it can be trained on."""
+    found = []
+    for label, rate in dataset.positive_rate.items():
+        if rate in (0.0, 1.0):
+            found.append(f"label {label!r} is {rate:g} in every row: there is nothing to learn")
+    for feature in dataset.categorical:
+        stats = feature.stats
+        if stats is not None and stats.rows and stats.missing == stats.rows:
+            found.append(f"feature {feature.name!r} has no value in any row")
+        elif stats is not None and dataset.like and stats.ids and stats.unseen > stats.ids / 2:
+            share = stats.unseen / stats.ids
+            found.append(f"feature {feature.name!r}: {share:.0%} of the ids do not occur in {dataset.like}")
+    for dense in dataset.dense:
+        rows = sum(split.rows for name, split in dataset.splits.items() if name == "train" or dataset.like)
+        if dense.missing is not None and dense.missing == rows:
+            found.append(f"dense column {dense.name!r} has no value in any row")
+    return found
 
 
 def _percent(part: int, whole: int) -> str:

@@ -8,6 +8,7 @@ import bz2
 import csv
 import gzip
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,10 @@ class TextReader:
     def _check_headers(self) -> None:
         for file in self.files[1:]:
             if self.source.columns is None and (here := self._header(file)) != self.columns:
-                other = next((a for a in here if a not in self.columns), here[:1])
+                lacks, more = ([a for a in x if a not in y] for x, y in ((self.columns, here), (here, self.columns)))
+                how = f"it lacks {lacks[0]!r}" if lacks else f"it has {more[0]!r} too" if more else "in another order"
                 raise UserError(
-                    f"{file.path}: its header differs from that of {self.files[0].path} (at {other!r}); "
+                    f"{file.path}: its header differs from that of {self.files[0].path}: {how}; "
                     "files of one source have the same columns in the same order"
                 )
 
@@ -70,7 +72,21 @@ class TextReader:
         except UnicodeDecodeError as error:
             raise UserError(f"{file.path}, line 1: the header is not UTF-8 text ({error})") from error
         quoting = {"quotechar": self.source.quote} if self.source.quote else {"quoting": csv.QUOTE_NONE}
-        return next(csv.reader([text], delimiter=self._delimiter, **quoting), [])
+        try:
+            if "\r" in text:
+                raise csv.Error("a carriage return in its middle")
+            names = next(csv.reader([text], delimiter=self._delimiter, **quoting), [])
+        except csv.Error as error:
+            raise UserError(
+                f"{file.path}, line 1: the header cannot be read ({error}); "
+                "if the lines of the file end in carriage returns, convert them to line feeds"
+            ) from error
+        if len(names) == 1 and (other := next((c for c in ",;\t|" if c in names[0]), None)):
+            raise UserError(
+                f"{file.path}, line 1: no {self._delimiter!r} in the header, but {other!r}; "
+                f"set delimiter = {json.dumps(other)} under [source] in the spec"
+            )
+        return names
 
     def blocks(self) -> Iterator[Block]:
         """All blocks of all files, in order."""
@@ -179,6 +195,21 @@ class TextReader:
             "a line ends in a lone carriage return; where quotes are plain text, set quote = '' under [source]"
         )
 
+    def _check_quotes(self, block: Block) -> None:
+        """A stray quote would join all lines up to the next one into one field: its end tells it from a real one."""
+        data, quote = _bytes_of(block.text), self.source.quote.encode()[0]
+        at = np.flatnonzero(data == quote)
+        closing = at[1::2][at[1::2] + 1 < len(data)]
+        behind = data[closing + 1]
+        stray = np.flatnonzero(~np.isin(behind, [quote, ord(self._delimiter), 10, 13]))
+        if len(stray):
+            line = block.first_row + block.text.count(b"\n", 0, int(at[2 * stray[0]]))
+            raise UserError(
+                f"{block.place(line)}: the quote that opens here would be closed by one with "
+                f"{chr(behind[stray[0]])!r} behind it; write a quote inside a quoted field twice, "
+                "or where quotes are plain text set quote = '' under [source] in the spec"
+            )
+
     def _final(self, role: Role) -> pa.DataType:
         return pa.int64() if role.kind == "time" else _READ_AS[role.kind]
 
@@ -201,7 +232,10 @@ class TextReader:
         text, quote = block.text, self.source.quote.encode()
         data = _bytes_of(text)
         feeds = np.flatnonzero(data == 10)
-        ends = _record_ends(text, quote) if quote and quote in text else feeds
+        ends = feeds
+        if quote and quote in text:
+            self._check_quotes(block)
+            ends = _record_ends(text, quote)
         if not text.endswith(b"\n"):
             ends = np.append(ends, len(text))
         starts = np.concatenate([[0], ends[:-1] + 1])

@@ -93,8 +93,8 @@ def check_free(dest: Path, *, replace: bool) -> None:
         raise UserError(f"{dest}: the folder holds other files; choose a DEST that does not exist yet")
     if not replace:
         raise UserError(
-            f"{dest}: is a finished dataset already ({load(dest).source}); choose another DEST, or say existing = "
-            "'reuse' to keep it if it was made from the same inputs, or existing = 'replace' to make it anew"
+            f"{dest}: is a finished dataset already ({load(dest).source}); choose another DEST, or make it anew "
+            "with --replace (existing = 'replace'); existing = 'reuse' keeps it if it was made from the same inputs"
         )
 
 
