@@ -1,6 +1,7 @@
 """Figures per feature, and the table that shows them."""
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from trainer.data.dataset import Dataset, Stats
@@ -29,7 +30,9 @@ def summary(dataset: Dataset) -> Table:
     splits = ", ".join(f"{name} {split.rows:,}" for name, split in dataset.splits.items())
     rates = ", ".join(f"{label} {rate:.2%} positive" for label, rate in dataset.positive_rate.items())
     told = rates if dataset.labelled else "no labels"
-    table = Table(title=f"{dataset.name}: rows {splits}; {told}", title_justify="left")
+    table = Table(
+        title=f"{dataset.name}: rows {splits}; {told}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     names = [f.name for f in (*dataset.dense, *dataset.categorical)]
     # Names stay whole on a narrow terminal; the headings wrap instead.
     table.add_column("feature", min_width=min(24, max(map(len, ("feature", *names)))), overflow="fold")
