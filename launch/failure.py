@@ -5,6 +5,7 @@ only noticed another one's death), the agent writes ERRORS/agent.json (who ended
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from trainer import quiet
 # A signal's death is noticed up to this long after it happened, in which time other ranks may already have reported
 # the broken connection as an error of their own.
 _NOTICE_SECONDS = 1.0
+
+_FULL_BYTES = 64 << 10  # with less room than this left, a rank could not write down why it failed
 
 _LIKELY = {
     "SIGKILL": "most likely the kernel's out-of-memory killer, or `kill -9`",
@@ -64,6 +67,9 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
             causes.append((ended["time"] - _NOTICE_SECONDS, _of_signal(job, ended, oom_kills)))
     if causes:
         return min(causes, key=lambda cause: cause[0])[1]
+    if shutil.disk_usage(job.run_dir).free < _FULL_BYTES:
+        message = f"the disk of {job.run_dir} is full; make room, or set run.dir to another one"
+        return Failure(kind="user", message=message, exit_code=2)
     silent = [ended for ended in failures if not any(r.get("rank") == ended["rank"] for r in reports)]
     for ended in silent or failures:
         return _of_silent_exit(job, ended)

@@ -31,9 +31,11 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
 
     A feature has a table of its own name, unless an override gives several features one table: that has the rows of
     its largest feature and must be given the same options by all of them.
-    Raises UserError when a pattern matches no feature or sharing features disagree, naming them.
+    Raises UserError when there is no feature, a pattern matches none, or sharing features disagree, naming them.
     """
     features = dataset.feature_names
+    if not features:
+        raise UserError(f"dataset {dataset.name!r} has no categorical features, so there is no table to train")
     for i, override in enumerate(config.tables.override):
         for pattern in _patterns(override):
             if not any(fnmatchcase(f, pattern) for f in features):

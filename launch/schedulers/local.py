@@ -54,9 +54,8 @@ class Scheduler:
         try:
             status = self._runner.status(id)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            return State.FAILED  # all have ended, and on a full disk TorchX cannot write down that they did
+            _only_full(error)
+            return State.FAILED
         names = {
             AppState.SUCCEEDED: State.SUCCEEDED,
             AppState.FAILED: State.FAILED,
@@ -66,10 +65,20 @@ class Scheduler:
         return names.get(status.state, State.WAITING) if status else State.FAILED
 
     def logs(self, id: str) -> Iterator[str]:
-        yield from self._runner.log_lines(id, _ROLE, 0)
+        try:
+            yield from self._runner.log_lines(id, _ROLE, 0)
+        except OSError as error:
+            _only_full(error)
 
     def cancel(self, id: str) -> None:
         self._runner.cancel(id)
+
+
+def _only_full(error: OSError) -> None:
+    """Raise the error again unless the disk is full: then all ranks have ended, and TorchX cannot write down that they
+    did, which it tries whenever it is asked for anything."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 from launch import failure, job
 
@@ -83,3 +84,11 @@ def test_clear_removes_an_earlier_jobs_errors(tmp_path):
     work = left_behind(tmp_path, ranks=[(0, 1.0, "user", "x")], agent=[])
     failure.clear(work)
     assert not list(work.errors.iterdir())
+
+
+def test_when_nobody_could_write_on_a_full_disk(tmp_path, monkeypatch):
+    work = left_behind(tmp_path)
+    (work.errors / "rank_0.json").write_text("")
+    monkeypatch.setattr(failure.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    found = failure.explain(work)
+    assert (found.kind, found.exit_code) == ("user", 2) and "is full" in found.message

@@ -102,3 +102,8 @@ def test_complaints(tables, words):
         resolve(config(tables), DATASET)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_data_without_features():
+    with pytest.raises(UserError, match="no categorical features"):
+        resolve(config({}), DATASET.model_copy(update={"categorical": ()}))
