@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from trainer.data.assemble import Filling, join_bags, take_bags
-from trainer.data.base import Bags, Shape, Sink
+from trainer.data.base import Bags, Columns, Shape, Sink
 from trainer.data.loader import Assembler, Batches, Once, visits
 from trainer.data.memory import Pool
 from trainer.data.order import Order
@@ -43,9 +43,8 @@ class Numbers:
             raise UserError(f"file f, row group {row_group}, row 3: column 'x' is nan")
         start = sum(self.row_groups[:row_group])
         numbers = np.arange(start, start + self.row_groups[row_group])
-        sink.numbers(0, numbers.astype(np.float32))
-        sink.numbers(1, numbers.astype(np.float32))
-        sink.ids(0, numbers.astype(np.int32), False)
+        floats = numbers.astype(np.float32)
+        sink.put(Columns(numbers=[floats, floats], ids=[numbers.astype(np.int32)], holes=[False]))
         with self._lock:
             self._now -= 1
 
@@ -192,38 +191,39 @@ def as_lists(found: Bags) -> list[list[int]]:
 def test_taking_bags(lists, random):
     index = list(range(len(lists)))
     random.shuffle(index)
-    assert as_lists(take_bags(as_bags(lists), np.array(index, np.int64), Pool())) == [lists[i] for i in index]
-    assert as_lists(take_bags(as_bags(lists), None, Pool())) == lists
+    assert as_lists(take_bags(as_bags(lists), np.array(index, np.uint32), Pool())) == [lists[i] for i in index]
 
 
 @given(bags, bags, st.data())
 def test_joining_and_slicing_bags(one, two, data):
-    joined = join_bags([as_bags(one), as_bags(two, np.int64)], Pool())
+    joined = join_bags([as_bags(one), as_bags(two)], Pool())
     assert as_lists(joined) == one + two
     start = data.draw(st.integers(0, len(one + two)))
     stop = data.draw(st.integers(start, len(one + two)))
     assert as_lists(joined.slice(start, stop)) == (one + two)[start:stop]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_the_example_of_a_filling(dtype):
-    shape = Shape(features=("a", "b"), multi_hot=(False, True), dense=1, labels=0, weighted=True)
-    index = np.array([2, 0, 3, 1])
-    values, lists = np.array([10, 11, 12, -1], dtype), [[1], [2, 3], [], [4]]
-    for ends in ((4,), (2, 4), (1, 2, 4)):
-        filling = Filling(shape, 4, index, len(ends) == 1, Pool())
-        for start, stop in reversed(list(zip((0, *ends[:-1]), ends, strict=True))):
-            filling.rows(100 + start, 100 + stop, start)
-            filling.ids(0, values[start:stop], stop == 4, start)
-            filling.ids(1, as_bags(lists).slice(start, stop), False, start)
-            for column in (0, 1):
-                filling.numbers(column, (column + np.arange(start, stop)).astype(np.float32), start)
-        block = filling.finish()
-        assert block.ids_Gn.tolist() == [[12, 10, -1, 11]] and block.ids_Gn.dtype == np.int32
-        assert block.holes == (True,)
-        assert as_lists(block.bags[0]) == [[], [1], [4], [2, 3]]
-        assert block.numbers_Mn.tolist() == [[2, 0, 3, 1], [3, 1, 4, 2]]
-        assert block.row_n.tolist() == [102, 100, 103, 101]
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("ends", [(4,), (2, 4), (1, 2, 4)])
+@pytest.mark.parametrize("index", [None, (2, 0, 3, 1)])
+def test_the_example_of_a_filling(wide, ends, index):
+    shape = Shape(features=("a", "b"), multi_hot=(False, True), dense=1, labels=0, weighted=True, wide=wide)
+    ids, lists = [10, 11, 12, -1], [[1], [2, 3], [], [4]]
+    columns = Columns(  # of a row group that has a row before the block and one after it
+        numbers=[np.arange(6, dtype=np.float32) + column for column in (0, 1)],
+        ids=[np.array([0, *ids, 0], shape.id_dtype), as_bags([[9], *lists, []], shape.id_dtype)],
+        holes=[True, False],
+    )
+    filling = Filling(shape, 4, None if index is None else np.array(index, np.uint32), len(ends) == 1, Pool())
+    for start, stop in reversed(list(zip((0, *ends[:-1]), ends, strict=True))):
+        filling.put(columns, start + 1, stop + 1, start, 100)
+    block = filling.finish()
+    order = index or range(4)
+    assert block.ids_Gn.tolist() == [[ids[i] for i in order]] and block.ids_Gn.dtype == shape.id_dtype
+    assert block.holes
+    assert as_lists(block.bags[0]) == [lists[i] for i in order]
+    assert block.numbers_Mn.tolist() == [[i + 1 for i in order], [i + 2 for i in order]]
+    assert block.row_n.tolist() == [101 + i for i in order]
 
 
 def test_memory_comes_back_when_the_last_view_is_gone():

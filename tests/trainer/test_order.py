@@ -131,6 +131,20 @@ def test_permutations_are_permutations(size):
     assert (found[2] == alone[0]).all(), "a window's permutation depends on its number alone"
 
 
+@pytest.mark.parametrize("size", [SORTED_WINDOW + 1, 4096, 5000])
+def test_large_windows_are_the_bijection_without_values_outside(size):
+    key = hash64(key_of(9) + np.arange(3, 4, dtype=np.uint64))
+    constants = hash64(key + np.arange(10, dtype=np.uint64)).astype(np.uint32).tolist()
+    bits = (size - 1).bit_length()
+    found = []
+    for x in range(1 << bits):
+        for times, plus in zip(constants[::2], constants[1::2], strict=True):
+            x = (x * (times | 1) + plus) % (1 << bits)
+            x ^= x >> (bits + 1) // 2
+        found += [x] if x < size else []
+    assert permutations(key_of(9), 3, 1, size).tolist() == [found]
+
+
 def test_large_windows_are_shuffled_as_well_as_a_fair_shuffle_would():
     """Five standard deviations of a fair shuffle of n: mean distance n/3, correlations 1/sqrt(n), one fixed point."""
     n, trials = 4096, 200

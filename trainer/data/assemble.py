@@ -1,12 +1,12 @@
 """Decoded rows -> shuffled blocks -> batches: whole columns at a time, all results in recycled memory.
 
-A row group is copied into the blocks it belongs to right after it was decoded, while it is still in the CPU's cache,
-and column by column, so that a column's part of a block stays in the cache while it is permuted.  A batch is then made
-of slices.  Features are stored one after the other, as KeyedJaggedTensor wants them, so its values are filled by one
-strided copy per stream where every bag holds one id.
+A row group is copied into the blocks it belongs to right after it was decoded, column by column, so that a column's
+part of a block stays in the CPU's cache while its rows go where the shuffle puts them.  A batch is then made of slices,
+which are runs of every column: ids are widened and features stored one after the other, as KeyedJaggedTensor wants
+them, numbers become rows.  The loops are in `compiled.py`, one call for all columns.
 
 Letters in shapes: n rows of a block, B rows of this rank's batch, K dense inputs, T labels, M = K + T (+ 1 weight), F
-features, G features with one id or none per row, N ids.
+features, G features with one id or none per row, H multi-hot features, S slices, N ids.
 """
 
 import itertools
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.data.base import Bags, Shape
+from trainer.data import compiled
+from trainer.data.base import Bags, Columns, Shape
 from trainer.data.batch import Batch
+from trainer.data.compiled import NOTHING, addresses, u64
 from trainer.data.memory import Pool
 
 
@@ -27,8 +29,8 @@ from trainer.data.memory import Pool
 class Block:
     """n shuffled rows of one stream."""
 
-    ids_Gn: np.ndarray  # int32 (int64 if wide), -1 where the bag is empty
-    holes: tuple[bool, ...]  # for each of the G, whether there is a -1
+    ids_Gn: np.ndarray  # `Shape.id_dtype`, -1 where the bag is empty
+    holes: bool  # whether there may be a -1
     bags: tuple[Bags, ...]  # of the multi-hot features
     numbers_Mn: np.ndarray  # float32
     row_n: np.ndarray  # int64, row numbers in the split
@@ -37,67 +39,66 @@ class Block:
 class Filling:
     """A block into which pieces of row groups are put, each where it stands in the stream, from several threads.
 
-    index: (n,) int64, a permutation: row i of the finished block is row index[i] of what was put; None keeps the order.
-    whole: it is all one piece, which is then permuted right on its way from the decoder's memory.  Several pieces are
-        first put side by side.
+    index: (n,) uint32, a permutation: row i of the finished block is row index[i] of what was put; None: as put.
+    whole: it is all one piece.
 
     Example: index 2 0 3 1; rows a b put at 0 and c d at 2 make the block c a d b.
     """
 
     def __init__(self, shape: Shape, rows: int, index: np.ndarray | None, whole: bool, pool: Pool):
-        self._index, self._pool = index, pool
-        single = [f for f, many in enumerate(shape.multi_hot) if not many]
-        self._place = {f: g for g, f in enumerate(single)}  # of a feature among the G
-        self._holes = [False] * len(single)
+        self._index, self._whole, self._pool = index, whole, pool
+        self._single = [f for f, many in enumerate(shape.multi_hot) if not many]
+        self._holes = False
         self._bags: dict[int, list[tuple[int, Bags]]] = {f: [] for f, many in enumerate(shape.multi_hot) if many}
-        self._permuted = whole and index is not None
-        self._ids_Gn = pool.array((len(single), rows), np.int64 if shape.wide else np.int32)
+        self._ids_Gn = pool.array((len(self._single), rows), shape.id_dtype)
         self._numbers_Mn = pool.array((shape.numbers, rows), np.float32)
         self._row_n = pool.array(rows, np.int64)
 
-    def rows(self, first: int, end: int, at: int) -> None:
-        """The piece that stands at `at` holds the rows number first .. end-1 of the split."""
-        self._row_n[at : at + end - first] = np.arange(first, end)
-
-    def ids(self, feature: int, ids: np.ndarray | Bags, holes: bool, at: int) -> None:
-        if isinstance(ids, Bags):
-            self._bags[feature].append((at, Bags(self._pool.copy(ids.values), self._pool.copy(ids.offsets))))
+    def put(self, columns: Columns, start: int, stop: int, at: int, first_row: int) -> None:
+        """Rows start .. stop-1 of a row group stand at `at`; its first row has the number first_row in the split."""
+        rows, index, place, to = u64(stop - start), NOTHING, NOTHING, 0
+        if self._index is None:
+            to = at
+        elif self._whole:
+            index = self._index
         else:
-            self._put(ids, self._ids_Gn[self._place[feature]], at)
-            if holes:
-                self._holes[self._place[feature]] = True
-
-    def numbers(self, column: int, values: np.ndarray, at: int) -> None:
-        self._put(values, self._numbers_Mn[column], at)
-
-    def _put(self, values: np.ndarray, out_n: np.ndarray, at: int) -> None:
-        if not self._permuted:
-            out_n[at : at + len(values)] = values
-        elif values.dtype == out_n.dtype:
-            np.take(values, self._index, mode="wrap", out=out_n)
+            place, index = (self._pool.array(stop - start + 1, np.uint32) for _ in range(2))
+            compiled.pick(self._index, u64(at), u64(at + stop - start), place, index)
+        compiled.number_rows(self._row_n, u64(to), rows, u64(first_row + start), index, place)
+        single = [columns.ids[f] for f in self._single]
+        assert all(column.dtype == self._ids_Gn.dtype for column in single)
+        from_C = addresses(columns.numbers) + u64(4 * start)
+        to_C = _rows(self._numbers_Mn) + u64(4 * to)
+        size = self._ids_Gn.itemsize
+        from_G, to_G = addresses(single) + u64(size * start), _rows(self._ids_Gn) + u64(size * to)
+        if size == 4:
+            from_C, to_C = np.concatenate([from_C, from_G]), np.concatenate([to_C, to_G])
         else:
-            out_n[:] = values[self._index]
+            compiled.gather_wide(from_G, to_G, rows, index, place)
+        compiled.gather(from_C, to_C, rows, index, place, self._pool.array(stop - start, np.uint64))
+        for feature, parts in self._bags.items():
+            bags = columns.ids[feature].slice(start, stop)
+            if self._whole and self._index is not None:
+                parts.append((at, take_bags(bags, self._index, self._pool)))
+            else:
+                parts.append((at, Bags(self._pool.copy(bags.values), self._pool.copy(bags.offsets))))
+        if any(columns.holes):
+            self._holes = True
 
     def finish(self) -> Block:
         """The block, once every piece has been put; called once."""
-        ids_Gn, numbers_Mn = self._ids_Gn, self._numbers_Mn
-        if not self._permuted and self._index is not None:
-            ids_Gn, numbers_Mn = (self._permute(columns) for columns in (ids_Gn, numbers_Mn))
-        parts = [sorted(found, key=lambda part: part[0]) for found in self._bags.values()]
+        found = []
+        for parts in self._bags.values():
+            bags = join_bags([part for _, part in sorted(parts, key=lambda p: p[0])], self._pool)
+            done = self._whole or self._index is None
+            found.append(bags if done else take_bags(bags, self._index, self._pool))
         return Block(
-            ids_Gn=ids_Gn,
-            holes=tuple(self._holes),
-            bags=tuple(take_bags(join_bags([b for _, b in p], self._pool), self._index, self._pool) for p in parts),
-            numbers_Mn=numbers_Mn,
-            row_n=_take(self._row_n, self._index, self._pool),
+            ids_Gn=self._ids_Gn,
+            holes=self._holes,
+            bags=tuple(found),
+            numbers_Mn=self._numbers_Mn,
+            row_n=self._row_n,
         )
-
-    def _permute(self, columns: np.ndarray) -> np.ndarray:
-        out = self._pool.array(columns.shape, columns.dtype)
-        for column_n, out_n in zip(columns, out, strict=True):
-            column_n.max()  # reads it in order, which is fast, into the cache for the reads all over the place
-            np.take(column_n, self._index, mode="wrap", out=out_n)
-        return out
 
 
 class Target(NamedTuple):
@@ -110,64 +111,36 @@ class Target(NamedTuple):
 
 
 class Scatter:
-    """The `Sink` of one row group: hands every column on to the blocks that its rows belong to."""
+    """The `Sink` of one row group: hands its rows on to the blocks they belong to.
 
-    def __init__(self, targets: list[Target]):
-        self._targets = targets
+    first_row: number of its first row in the split.
+    """
 
-    def ids(self, feature: int, ids: np.ndarray | Bags, holes: bool) -> None:
+    def __init__(self, targets: list[Target], first_row: int):
+        self._targets, self._first_row = targets, first_row
+
+    def put(self, columns: Columns) -> None:
         for filling, start, stop, at in self._targets:
-            part = ids.slice(start, stop) if isinstance(ids, Bags) else ids[start:stop]
-            filling.ids(feature, part, holes, at)
-
-    def numbers(self, column: int, values: np.ndarray) -> None:
-        for filling, start, stop, at in self._targets:
-            filling.numbers(column, values[start:stop], at)
-
-
-def _take(array: np.ndarray, index: np.ndarray | None, pool: Pool) -> np.ndarray:
-    if index is None:
-        return array
-    # "wrap", as the mode that raises would go through a buffer; the index is a permutation.
-    out = pool.array((len(index), *array.shape[1:]), array.dtype)
-    return np.take(array, index, axis=0, mode="wrap", out=out)
+            filling.put(columns, start, stop, at, self._first_row)
 
 
 def join_bags(parts: list[Bags], pool: Pool) -> Bags:
     if len(parts) == 1:
         return parts[0]
-    dtype = np.result_type(*(part.values.dtype for part in parts))
-    values = pool.array(sum(len(part.values) for part in parts), dtype)
+    values = pool.array(sum(len(part.values) for part in parts), parts[0].values.dtype)
     np.concatenate([part.values for part in parts], out=values)
-    return Bags(values, _offsets(np.concatenate([np.diff(part.offsets) for part in parts]), pool))
+    offsets = pool.array(sum(len(part.offsets) - 1 for part in parts) + 1, np.int64)
+    offsets[0] = 0
+    np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]), out=offsets[1:])
+    return Bags(values, offsets)
 
 
-def take_bags(bags: Bags, index: np.ndarray | None, pool: Pool) -> Bags:
-    """The bags in the order of `index`.
-
-    Example: the bags [7 8] [] [9] are values 7 8 9, offsets 0 2 2 3.  Index 2 1 0 gives [9] [] [7 8]: lengths 1 0 2,
-    offsets 0 1 1 3.  The values come from the places 2, 0 1, whose differences 2 -2 1 are known from the bags alone.
-    """
-    if index is None:
-        return bags
-    length_n = np.diff(bags.offsets)[index]
-    offsets = _offsets(length_n, pool)
-    filled = length_n > 0
-    start_n, length_n = bags.offsets[:-1][index][filled].astype(np.int64), length_n[filled]
-    if not len(start_n):
-        return Bags(bags.values, offsets)
-    place_N = pool.array(int(offsets[-1]), np.int64)
-    place_N.fill(1)
-    place_N[0] = start_n[0]
-    place_N[offsets[:-1][filled][1:]] = start_n[1:] - (start_n[:-1] + length_n[:-1] - 1)
-    return Bags(_take(bags.values, np.cumsum(place_N, out=place_N), pool), offsets)
-
-
-def _offsets(lengths: np.ndarray, pool: Pool) -> np.ndarray:
-    out = pool.array(len(lengths) + 1, np.int64)
-    out[0] = 0
-    np.cumsum(lengths, out=out[1:])
-    return out
+def take_bags(bags: Bags, index: np.ndarray, pool: Pool) -> Bags:
+    """The bags in the order of `index`, (n,) uint32.  Example: bags [7 8] [] [9] and index 2 1 0 give [9] [] [7 8]."""
+    values = pool.array(len(bags.values), bags.values.dtype)
+    offsets = pool.array(len(index) + 1, np.int64)
+    compiled.take_bags(u64(_address(bags.values)), bags.offsets, index, bags.values.dtype.type(0), values, offsets)
+    return Bags(values, offsets)
 
 
 class Slice(NamedTuple):
@@ -190,19 +163,15 @@ def build(slices: list[Slice], shape: Shape, rows: int, rows_in_step: int, pool:
         for array in (dense_BK, labels_BT, weight_B):
             array.fill(0)
         row_B.fill(-1)
-    for at, block, start, stop in slices:
-        upto = at + stop - start
-        numbers_Mb = block.numbers_Mn[:, start:stop]
-        for k in range(shape.dense):
-            dense_BK[at:upto, k] = numbers_Mb[k]
-        for t in range(shape.labels):
-            labels_BT[at:upto, t] = numbers_Mb[shape.dense + t]
-        weight_B[at:upto] = numbers_Mb[-1] if shape.weighted else 1
-        row_B[at:upto] = block.row_n[start:stop]
-    plain = not any(shape.multi_hot) and not any(any(s.block.holes) for s in slices)
+    slice_S = _table(slices)
+    compiled.fill_rows(slice_S, dense_BK, labels_BT, weight_B, row_B, shape.weighted)
+    if whole and not any(shape.multi_hot) and not any(s.block.holes for s in slices):
+        ids = _one_id_per_bag(slice_S, shape, rows, pool)
+    else:
+        ids = _bags(slices, slice_S, shape, rows, pool)
     return Batch(
         dense_BK=torch.from_numpy(dense_BK),
-        ids=(_one_id_per_bag if whole and plain else _bags)(slices, shape, rows, pool),
+        ids=ids,
         labels_BT=torch.from_numpy(labels_BT),
         weight_B=torch.from_numpy(weight_B),
         row_B=torch.from_numpy(row_B),
@@ -210,43 +179,50 @@ def build(slices: list[Slice], shape: Shape, rows: int, rows_in_step: int, pool:
     )
 
 
-def _one_id_per_bag(slices: list[Slice], shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
+def _table(slices: list[Slice]) -> np.ndarray:
+    """The slices as the kernels know them: (S, 7) uint64, see `compiled.AT` and those after it."""
+    table = []
+    for at, block, start, stop in slices:
+        ids, numbers = block.ids_Gn, block.numbers_Mn
+        first_id, first_number, first_row = (_address(a) + start * a.itemsize for a in (ids, numbers, block.row_n))
+        table.append((at, stop - start, first_id, ids.strides[0], first_number, numbers.shape[1], first_row))
+    return np.array(table, np.uint64).reshape(-1, 7)
+
+
+def _rows(matrix: np.ndarray) -> np.ndarray:
+    """The addresses of a matrix's rows."""
+    return u64(_address(matrix)) + np.arange(len(matrix), dtype=np.uint64) * u64(matrix.strides[0])
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _one_id_per_bag(slice_S: np.ndarray, shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
     features = len(shape.features)
     ids_FB = pool.array((features, rows), np.int64)
-    for at, block, start, stop in slices:
-        ids_FB[:, at : at + stop - start] = block.ids_Gn[:, start:stop]
+    compiled.fill_ids(slice_S, shape.id_dtype.type(0), ids_FB)
     return _keyed(shape.features, ids_FB.reshape(-1), _ones(features * rows), [rows] * features, rows)
 
 
-def _bags(slices: list[Slice], shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
+def _bags(slices: list[Slice], slice_S: np.ndarray, shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
     length_FB = pool.array((len(shape.features), rows), np.int32)
     length_FB.fill(0)
-    parts = []
-    ids_per_key = []
     single, many = itertools.count(), itertools.count()
-    for length_B, multi_hot in zip(length_FB, shape.multi_hot, strict=True):
-        before = len(parts)
-        g = next(many if multi_hot else single)
-        for at, block, start, stop in slices:
-            length_b = length_B[at : at + stop - start]
-            if multi_hot:
-                bags = block.bags[g]
-                offsets = bags.offsets[start : stop + 1]
-                np.subtract(offsets[1:], offsets[:-1], out=length_b, casting="same_kind")
-                parts.append(bags.values[offsets[0] : offsets[-1]])
-            elif block.holes[g]:
-                ids = block.ids_Gn[g, start:stop]
-                there = ids >= 0
-                length_b[:] = there
-                parts.append(ids[there])
-            else:
-                length_b.fill(1)
-                parts.append(block.ids_Gn[g, start:stop])
-        ids_per_key.append(sum(len(part) for part in parts[before:]))
-    values_N = pool.array(sum(ids_per_key), np.int64)
-    if parts:
-        np.concatenate(parts, out=values_N)
-    return _keyed(shape.features, values_N, torch.from_numpy(length_FB.reshape(-1)), ids_per_key, rows)
+    column_F = np.array([next(many if multi_hot else single) for multi_hot in shape.multi_hot], np.uint64)
+    multi_hot_F = np.array(shape.multi_hot, bool)
+    shape_SH = len(slices), sum(shape.multi_hot)
+    value_SH = np.array([_address(b.values) for s in slices for b in s.block.bags], np.uint64).reshape(shape_SH)
+    offset_SH = np.array([_address(b.offsets[s.start :]) for s in slices for b in s.block.bags], np.uint64).reshape(
+        shape_SH
+    )
+    ids_F = np.empty(len(shape.features), np.uint64)
+    word = shape.id_dtype.type(0)
+    compiled.bag_lengths(slice_S, word, column_F, multi_hot_F, offset_SH, length_FB, ids_F)
+    ids_per_key = ids_F.tolist()
+    values_N = pool.array(sum(ids_per_key) + 1, np.int64)
+    compiled.fill_bags(slice_S, word, column_F, multi_hot_F, offset_SH, value_SH, values_N)
+    return _keyed(shape.features, values_N[:-1], torch.from_numpy(length_FB.reshape(-1)), ids_per_key, rows)
 
 
 @lru_cache(maxsize=4)

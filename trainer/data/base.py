@@ -16,8 +16,8 @@ import numpy as np
 class Bags:
     """Any number of ids per row: row i's are values[offsets[i]:offsets[i+1]]."""
 
-    values: np.ndarray  # (N,) integers, each inside its table
-    offsets: np.ndarray  # (n+1,) int32 or int64, not falling; need not begin with 0
+    values: np.ndarray  # (N,) `Shape.id_dtype`, each inside its table
+    offsets: np.ndarray  # (n+1,) int64, not falling; need not begin with 0
 
     def slice(self, start: int, stop: int) -> "Bags":
         """Rows start .. stop-1, without a copy."""
@@ -44,24 +44,35 @@ class Shape:
     wide: bool = False
 
     @property
+    def id_dtype(self) -> np.dtype:
+        return np.dtype(np.int64 if self.wide else np.int32)
+
+    @property
     def numbers(self) -> int:
         """Columns of float32: dense inputs, labels, weight."""
         return self.dense + self.labels + self.weighted
 
 
-class Sink(Protocol):
-    """Where a source puts the columns of a row group, one after the other, each right after it was decoded and checked.
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The decoded and checked rows of one row group.
 
-    The arrays may be views of the decoder's memory: a sink copies what it needs before it returns.
+    numbers: (n,) finite float32 each: the K dense inputs, the T labels, the weight if any.
+    ids: of every feature, each inside its table: (n,) of `Shape.id_dtype`, -1 where the bag is empty, or Bags.
+    holes: for each feature with one id or none per row (False for the others), whether there may be a -1.
+
+    The arrays have no gaps and may be views of the decoder's memory.
     """
 
-    def ids(self, feature: int, ids: "np.ndarray | Bags", holes: bool) -> None:
-        """Feature number `feature`: (n,) integers inside its table, -1 where `holes` and the bag is empty; or Bags."""
-        ...
+    numbers: list[np.ndarray]
+    ids: "list[np.ndarray | Bags]"
+    holes: list[bool]
 
-    def numbers(self, column: int, values: np.ndarray) -> None:
-        """(n,) finite float32.  column: the K dense inputs come first, then the T labels, then the weight if any."""
-        ...
+
+class Sink(Protocol):
+    """Where a source puts what it decoded; it copies what it needs before it returns."""
+
+    def put(self, columns: Columns) -> None: ...
 
 
 class Source(Protocol):
@@ -87,7 +98,7 @@ class Source(Protocol):
         ...
 
     def read(self, row_group: int, sink: Sink) -> None:
-        """Decode row group number `row_group` of the split and give every column to `sink` once.
+        """Decode row group number `row_group` of the split and give it to `sink`, once.
 
         Every value is checked and the id policy applied before.  Raises UserError naming column, file, row group
         (numbered in its file) and row (numbered in the row group).

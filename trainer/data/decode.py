@@ -20,11 +20,14 @@ import pyarrow.types as pt
 
 from kernels.errors import UserError
 from kernels.registry import nearest
-from trainer.data.base import Bags, Sink
-from trainer.data.order import hash64
+from trainer.data import compiled
+from trainer.data.base import Bags, Columns
+from trainer.data.compiled import addresses, u64
+from trainer.data.order import MASK64, hash64
 
 IdPolicy = Literal["error", "clip", "hash"]
 ID_POLICIES = ("error", "clip", "hash")
+INFINITY = 0x7F800000  # the bits of float32's infinity; what is above them is a NaN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,11 @@ class Spec:
     features: tuple[Feature, ...]
     weight: str | None = None
     labelled: bool = True  # false: the files have no labels, and what stands for them is 0
+
+    @property
+    def wide(self) -> bool:
+        """Whether an id may exceed int32."""
+        return any(f.rows > 1 << 31 for f in self.features)
 
     @property
     def columns(self) -> list[str]:
@@ -91,66 +99,99 @@ def check_schema(schema: pa.Schema, spec: Spec, where: str) -> None:
             )
 
 
-def decode(table: pa.Table, spec: Spec, where: str, sink: Sink) -> None:
-    """Check the columns of one row group and give them to `sink`, as views of the table's memory where types allow it.
+def decode(table: pa.Table, spec: Spec, where: str) -> Columns:
+    """Check the columns of one row group: views of the table's memory where types allow it.
 
     where: file and row group, for errors.
     """
-    for number, name in enumerate((*spec.dense, *spec.labels)):
-        if number < len(spec.dense) or spec.labelled:
-            sink.numbers(number, _numbers(_one_array(table.column(name)), name, where))
-        else:
-            sink.numbers(number, np.zeros(len(table), np.float32))
-    if spec.weight is not None:
-        weight = _numbers(_one_array(table.column(spec.weight)), spec.weight, where)
-        if weight.min(initial=0) < 0:
-            row = int(np.argmax(weight < 0))
-            raise UserError(
-                f"{where}, row {row}: weight {spec.weight!r} is {weight[row]:g}; weights must be at least 0"
-            )
-        sink.numbers(len(spec.dense) + len(spec.labels), weight)
-    for number, feature in enumerate(spec.features):
-        array = _one_array(table.column(feature.name))
-        sink.ids(number, _ids(array, feature, where), array.null_count > 0)
+    labels = spec.labels if spec.labelled else ()
+    names = (*spec.dense, *labels, *((spec.weight,) if spec.weight is not None else ()))
+    numbers = _all_numbers([_one_array(table.column(name)) for name in names], names, where)
+    if not spec.labelled:
+        numbers[len(spec.dense) : len(spec.dense)] = [np.zeros(len(table), np.float32)] * len(spec.labels)
+    if spec.weight is not None and numbers[-1].min(initial=0) < 0:
+        row = int(np.argmax(numbers[-1] < 0))
+        raise UserError(
+            f"{where}, row {row}: weight {spec.weight!r} is {numbers[-1][row]:g}; weights must be at least 0"
+        )
+    arrays = [_one_array(table.column(feature.name)) for feature in spec.features]
+    return Columns(
+        numbers=numbers,
+        ids=_all_ids(arrays, spec, where),
+        holes=[array.null_count > 0 and not f.multi_hot for array, f in zip(arrays, spec.features, strict=True)],
+    )
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _numbers(array: pa.Array, name: str, where: str) -> np.ndarray:
-    """(n,) float32, finite."""
+def _all_numbers(arrays: list[pa.Array], names: tuple[str, ...], where: str) -> list[np.ndarray]:
+    """(n,) float32 each, finite."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, which is reported below
+        numbers = [np.asarray(array).astype(np.float32, copy=False) for array in arrays]
+    # A null becomes a NaN in what pyarrow gives to numpy, so nothing else need be looked at.
+    finite = _highest(numbers, np.uint32(0x7FFFFFFF)) < INFINITY
+    if not finite.all():
+        column = int(np.argmin(finite))
+        raise _unusable(arrays[column], numbers[column], names[column], where)
+    return numbers
+
+
+def _unusable(array: pa.Array, values: np.ndarray, name: str, where: str) -> UserError:
     if array.null_count:
         row = int(np.argmax(np.asarray(array.is_null())))
-        raise UserError(
+        return UserError(
             f"{where}, row {row}: column {name!r} has no value here ({array.null_count} such rows here); "
             "fill missing values, or let `tablemesh prepare` do it"
         )
-    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, which is reported below
-        values = np.asarray(array).astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        bad = ~np.isfinite(values)
-        row = int(np.argmax(bad))
-        raise UserError(
-            f"{where}, row {row}: column {name!r} is {array[row].as_py()} ({int(bad.sum())} such rows here); "
-            "every value must be a finite float32: fill or drop such rows, or let `tablemesh prepare` do it"
-        )
-    return values
+    bad = ~np.isfinite(values)
+    row = int(np.argmax(bad))
+    return UserError(
+        f"{where}, row {row}: column {name!r} is {array[row].as_py()} ({int(bad.sum())} such rows here); "
+        "every value must be a finite float32: fill or drop such rows, or let `tablemesh prepare` do it"
+    )
 
 
-def _ids(array: pa.Array, feature: Feature, where: str) -> np.ndarray | Bags:
+def _all_ids(arrays: list[pa.Array], spec: Spec, where: str) -> list[np.ndarray | Bags]:
+    """Of each feature what `Columns` says.  Columns that are as they should be are found out by one pass over all."""
+    dtype = np.dtype(np.int64 if spec.wide else np.int32)
+    kind = pa.from_numpy_dtype(dtype)
+    plain = [f for f, array in enumerate(arrays) if array.type == kind and not array.null_count]
+    values = [np.asarray(arrays[f]) for f in plain]
+    highest = _highest(values, np.uint64(MASK64) if spec.wide else np.uint32(0xFFFFFFFF))
+    found: dict[int, np.ndarray] = {
+        f: ids for f, ids, most in zip(plain, values, highest.tolist(), strict=True) if most < spec.features[f].rows
+    }
+    return [
+        found[f] if f in found else _ids(array, feature, where, dtype)
+        for f, (array, feature) in enumerate(zip(arrays, spec.features, strict=True))
+    ]
+
+
+def _highest(columns: list[np.ndarray], mask: np.uint32 | np.uint64) -> np.ndarray:
+    out = np.empty(len(columns), mask.dtype)
+    if columns:
+        compiled.highest(addresses(columns), u64(len(columns[0])), mask, out)
+    return out
+
+
+def _ids(array: pa.Array, feature: Feature, where: str, dtype: np.dtype) -> np.ndarray | Bags:
     if not feature.multi_hot:
         if not array.null_count:
-            return _in_range(np.asarray(array), None, feature, where)
+            return _in_range(np.asarray(array), None, feature, where).astype(dtype, copy=False)
         missing = np.asarray(array.is_null())
         ids = _in_range(np.asarray(array.fill_null(0)), None, feature, where)
-        return np.where(missing, ids.dtype.type(-1), ids)
+        return np.where(missing, dtype.type(-1), ids.astype(dtype, copy=False))
     # A null list takes no room in what Parquet's reader returns, so a null is an empty bag without further ado.
     offsets, ids = np.asarray(array.offsets), array.values
     if ids.null_count:  # a missing id inside a bag is dropped
         offsets = _running_count(np.asarray(ids.is_valid()))[offsets]
         ids = ids.drop_null()
-    return Bags(_in_range(np.asarray(ids), offsets, feature, where), offsets)
+    return Bags(
+        _in_range(np.asarray(ids), offsets, feature, where).astype(dtype, copy=False),
+        offsets.astype(np.int64, copy=False),
+    )
 
 
 def _running_count(flags: np.ndarray) -> np.ndarray:

@@ -185,9 +185,8 @@ class Assembler:
             for number, start, stop in self._blocks_of(part):
                 filling = self._filling(part.stream, number)
                 at = part.at + start - part.start - number * self._block_rows
-                filling.rows(first_row + start, first_row + stop, at)
                 targets.append(Target(filling, start, stop, at))
-        self._source.read(visit.row_group, Scatter(targets))
+        self._source.read(visit.row_group, Scatter(targets, first_row))
 
     def _blocks_of(self, part: Part) -> Iterator[tuple[int, int, int]]:
         """The blocks that a part reaches into, with the rows of its row group that go into each."""

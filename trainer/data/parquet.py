@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.config import Features
+from trainer.data import compiled
 from trainer.data import dataset as dataset_json
 from trainer.data.base import Shape, Sink
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, File, Split
@@ -169,7 +170,7 @@ class ParquetSource:
             dense=len(spec.dense),
             labels=len(spec.labels),
             weighted=spec.weight is not None,
-            wide=any(f.rows > 1 << 31 for f in spec.features),
+            wide=spec.wide,
         )
         # (file, row group in it) of every row group of the split
         self._places = [(f, g) for f, file in enumerate(self._files) for g in range(len(file.row_groups))]
@@ -202,7 +203,7 @@ class ParquetSource:
         f, g = self._places[row_group]
         footer = self._footers[f]
         table = footer.decode(g, self._spec.columns)
-        decode(table, self._spec, f"{footer.path}, row group {g}", sink)
+        sink.put(decode(table, self._spec, f"{footer.path}, row group {g}"))
 
 
 class Reader:
@@ -285,6 +286,7 @@ class Reader:
                 "prepare it with a larger share of the rows, or choose another split"
             )
         self.check()
+        compiled.ready()
 
     @property
     def steps_per_epoch(self) -> int:
