@@ -21,7 +21,7 @@ DISTRIBUTION = {
     "_pytest": "pytest",
     "xdist": "pytest-xdist",
 }
-OPTIONAL = {"numba", "triton"}  # imported only where they are installed
+OPTIONAL = {"triton"}  # imported only where they are installed
 
 
 def lock(target: str) -> dict[str, str]:

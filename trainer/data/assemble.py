@@ -11,7 +11,7 @@ features, G features with one id or none per row, H multi-hot features, S slices
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,12 @@ class Block:
     numbers_Mn: np.ndarray  # float32
     row_n: np.ndarray  # int64, row numbers in the split
 
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of ids, numbers and row numbers; n; bytes of an id.  Kept: a batch needs them of every stream's block."""
+        ids = self.ids_Gn
+        return _address(ids), _address(self.numbers_Mn), _address(self.row_n), len(self.row_n), ids.itemsize
+
 
 class Filling:
     """A block into which pieces of row groups are put, each where it stands in the stream, from several threads.
@@ -50,9 +56,9 @@ class Filling:
         self._single = [f for f, many in enumerate(shape.multi_hot) if not many]
         self._holes = False
         self._bags: dict[int, list[tuple[int, Bags]]] = {f: [] for f, many in enumerate(shape.multi_hot) if many}
-        self._ids_Gn = pool.array((len(self._single), rows), shape.id_dtype)
-        self._numbers_Mn = pool.array((shape.numbers, rows), np.float32)
-        self._row_n = pool.array(rows, np.int64)
+        self._ids_Gn, self._numbers_Mn, self._row_n = pool.arrays(
+            ((len(self._single), rows), shape.id_dtype), ((shape.numbers, rows), np.float32), (rows, np.int64)
+        )
 
     def put(self, columns: Columns, start: int, stop: int, at: int, first_row: int) -> None:
         """Rows start .. stop-1 of a row group stand at `at`; its first row has the number first_row in the split."""
@@ -62,7 +68,7 @@ class Filling:
         elif self._whole:
             index = self._index
         else:
-            place, index = (self._pool.array(stop - start + 1, np.uint32) for _ in range(2))
+            place, index = self._pool.arrays(*[(stop - start + 1, np.uint32)] * 2)
             compiled.pick(self._index, u64(at), u64(at + stop - start), place, index)
         compiled.number_rows(self._row_n, u64(to), rows, u64(first_row + start), index, place)
         single = [columns.ids[f] for f in self._single]
@@ -154,19 +160,24 @@ class Slice(NamedTuple):
 
 def build(slices: list[Slice], shape: Shape, rows: int, rows_in_step: int, pool: Pool) -> Batch:
     """A batch of `rows` rows out of slices of blocks, in the batch's order; places that none covers are padding."""
-    dense_BK = pool.array((rows, shape.dense), np.float32)
-    labels_BT = pool.array((rows, shape.labels), np.float32)
-    weight_B = pool.array(rows, np.float32)
-    row_B = pool.array(rows, np.int64)
-    whole = sum(s.stop - s.start for s in slices) == rows
-    if not whole:
+    features, covered = len(shape.features), sum(s.stop - s.start for s in slices) == rows
+    one_id_per_bag = covered and not any(shape.multi_hot) and not any(s.block.holes for s in slices)
+    dense_BK, labels_BT, weight_B, row_B, id_FB = pool.arrays(
+        ((rows, shape.dense), np.float32),
+        ((rows, shape.labels), np.float32),
+        (rows, np.float32),
+        (rows, np.int64),
+        ((features if one_id_per_bag else 0, rows), np.int64),
+    )
+    if not covered:
         for array in (dense_BK, labels_BT, weight_B):
             array.fill(0)
         row_B.fill(-1)
     slice_S = _table(slices)
     compiled.fill_rows(slice_S, dense_BK, labels_BT, weight_B, row_B, shape.weighted)
-    if whole and not any(shape.multi_hot) and not any(s.block.holes for s in slices):
-        ids = _one_id_per_bag(slice_S, shape, rows, pool)
+    if one_id_per_bag:
+        compiled.fill_ids(slice_S, shape.id_dtype.type(0), id_FB)
+        ids = _keyed(shape.features, id_FB.reshape(-1), _ones(features * rows), [rows] * features, rows)
     else:
         ids = _bags(slices, slice_S, shape, rows, pool)
     return Batch(
@@ -183,9 +194,8 @@ def _table(slices: list[Slice]) -> np.ndarray:
     """The slices as the kernels know them: (S, 7) uint64, see `compiled.AT` and those after it."""
     table = []
     for at, block, start, stop in slices:
-        ids, numbers = block.ids_Gn, block.numbers_Mn
-        first_id, first_number, first_row = (_address(a) + start * a.itemsize for a in (ids, numbers, block.row_n))
-        table.append((at, stop - start, first_id, ids.strides[0], first_number, numbers.shape[1], first_row))
+        ids, numbers, row, rows, size = block.addresses
+        table.append((at, stop - start, ids + start * size, rows * size, numbers + start * 4, rows, row + start * 8))
     return np.array(table, np.uint64).reshape(-1, 7)
 
 
@@ -196,13 +206,6 @@ def _rows(matrix: np.ndarray) -> np.ndarray:
 
 def _address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
-
-
-def _one_id_per_bag(slice_S: np.ndarray, shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
-    features = len(shape.features)
-    ids_FB = pool.array((features, rows), np.int64)
-    compiled.fill_ids(slice_S, shape.id_dtype.type(0), ids_FB)
-    return _keyed(shape.features, ids_FB.reshape(-1), _ones(features * rows), [rows] * features, rows)
 
 
 def _bags(slices: list[Slice], slice_S: np.ndarray, shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:

@@ -11,6 +11,7 @@ from collections import deque
 import numpy as np
 
 KEPT = 64  # free buffers of one size that are kept; more than are ever in use at once in a usual run
+ALIGNMENT = 64  # bytes: a line of the CPU's cache
 
 
 class Pool:
@@ -24,16 +25,25 @@ class Pool:
         self._free: dict[int, deque[np.ndarray]] = {}
 
     def array(self, shape: int | tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
-        dtype = np.dtype(dtype)
-        count = shape if isinstance(shape, int) else math.prod(shape)
-        size = _size_class(count * dtype.itemsize)
-        free = self._free.setdefault(size, deque(maxlen=KEPT))
+        return self.arrays((shape, dtype))[0]
+
+    def arrays(self, *wanted: tuple[int | tuple[int, ...], type | np.dtype]) -> list[np.ndarray]:
+        """Several at once in one piece of memory, for those that are used and dropped together."""
+        starts, end = [], 0
+        for shape, dtype in wanted:
+            starts.append(end)
+            size = (shape if isinstance(shape, int) else math.prod(shape)) * np.dtype(dtype).itemsize
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        size = _size_class(end)
+        free = self._free.get(size)
+        if free is None:
+            free = self._free.setdefault(size, deque(maxlen=KEPT))
         try:
             raw = free.pop()
         except IndexError:
             raw = np.empty(size, np.uint8)
         whole = np.asarray(_Lease(raw, free))
-        return whole[: count * dtype.itemsize].view(dtype).reshape(shape)
+        return [np.ndarray(shape, dtype, whole, start) for (shape, dtype), start in zip(wanted, starts, strict=True)]
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         out = self.array(array.shape, array.dtype)
