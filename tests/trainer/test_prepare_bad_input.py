@@ -292,6 +292,7 @@ GOOD = "y,x,a\n" + "".join(f"{i % 2},{i},k{i % 5}\n" for i in range(300))
         (GOOD.replace("\n1,101,k", '\n1,101,"k').replace("\n0,202,k", '\n0,202,"k'), "d.csv, line 103: the quote that"),
         (GOOD.replace("\n1,101,k", '\n1,101,"k'), "d.csv, line 103: somewhere in the next"),
         (GOOD.replace("\n", "\r"), "d.csv, line 1: the header cannot be read"),
+        ("\n" + GOOD, "d.csv, line 1: is blank"),
         (GOOD.replace(",", ";"), r"no ',' in the header, but ';'; set delimiter = \";\""),
     ],
 )
@@ -345,3 +346,32 @@ def test_what_looks_like_a_slip_is_said(tmp_path):
     assert said[0] == "label 'y' is 0 in every row: there is nothing to learn"
     assert said[-1] == "dense column 'x' has no value in any row"
     assert not warnings(prepare(write(tmp_path, "g.csv", GOOD), tmp_path / "g", spec=tmp_path / "s.toml"))
+
+
+def test_iso_times_with_and_without_a_zone(tmp_path):
+    spec = SPEC.replace('"a"', '"t"').replace(
+        "[[label]]", 'timestamp = { column = "when", parse = "iso8601" }\n[[label]]'
+    )
+    for name, form in (("z", "%Y-%m-%dT%H:%M:%SZ"), ("plus", "%Y-%m-%d %H:%M:%S+00:00"), ("none", "%Y-%m-%d %H:%M:%S")):
+        times = pd.date_range("2024-01-01", periods=50, freq="h")
+        frame = pd.DataFrame({"y": [0, 1] * 25, "x": 1, "t": range(50), "when": times.strftime(form)})
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        (tmp_path / "s.toml").write_text(spec)
+        options = {"split": "time", "valid_from": "2024-01-03", "block_bytes": 500}
+        prepare(str(tmp_path / f"{name}.csv"), tmp_path / name, spec=tmp_path / "s.toml", options=options)
+        valid = pq.read_table(tmp_path / name / "valid")
+        assert valid["when"].to_pylist() == [int(t.timestamp()) for t in times[48:]]
+
+
+def test_whole_numbers_as_pandas_writes_them_beside_missing_ones(tmp_path):
+    text = "y,x,a\n" + "".join(f"{i % 2},1,{f'{i}.0' if i % 3 else ''}\n" for i in range(100))
+    source = write(tmp_path, "d.csv", text, SPEC.replace('["a"]', '["a"]\nids = "as_is"'))
+    dataset = prepare(source, tmp_path / "o", spec=tmp_path / "s.toml", options={"valid": 0.5})
+    found = [i for split in ("train", "valid") for i in pq.read_table(tmp_path / "o" / split)["a"].to_pylist()]
+    assert sorted(i for i in found if i is not None) == [i for i in range(100) if i % 3]
+    assert dataset.rejected == 0
+    source = write(
+        tmp_path, "huge.csv", text.replace("\n1,1,1.0\n", f"\n1,1,{10**12}\n"), (tmp_path / "s.toml").read_text()
+    )
+    dataset = prepare(source, tmp_path / "huge", spec=tmp_path / "s.toml", options={"valid": 0.5})
+    assert "1,000,000,000,001 rows for" in warnings(dataset)[0]

@@ -106,6 +106,13 @@ def find_files(source: str, *, split: str | None = None, first: int = 0, format:
     return [File(p, first + i, split, k) for i, (p, k) in enumerate(zip(found, kinds, strict=True))]
 
 
+def check_names(names: list[str], file: File) -> None:
+    """UserError where two columns have one name."""
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UserError(f"{file.path}: columns called {', '.join(map(repr, twice))} occur more than once; rename them")
+
+
 class reading:
     """Turns what goes wrong while a file is read into a UserError that names it."""
 

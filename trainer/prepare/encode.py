@@ -222,10 +222,12 @@ def check_range(bags: Bags, role: Role, rows: Rows) -> None:
         return
     at = int(np.flatnonzero(wrong)[0])
     row = at if bags.offsets is None else int(np.searchsorted(bags.offsets, at, side="right")) - 1
-    rule = f"lie in 0..{role.how.rows - 1}" if role.how.rows is not None else "are not negative"
+    rule, out = "must not be negative", ""
+    if role.how.rows is not None:
+        rule, out = f"lie in 0..{role.how.rows - 1}", "raise rows in the spec, or "
     raise UserError(
         f"{rows.block.place(int(rows.row[row]))}: column {role.column!r}: id {int(ids_L[at])}: ids taken as they are "
-        f"{rule}; raise rows in the spec, or use ids = 'vocab' or 'hash'"
+        f"{rule}; {out}use ids = 'vocab' or 'hash'"
     )
 
 

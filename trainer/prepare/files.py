@@ -236,7 +236,10 @@ class _Work:
         if rejected <= self.options.max_rejected * rows:
             return
         word = "line" if self.reader.files[0].format == "csv" else "row"
-        shown = "".join(f"\n  {r.file}, {word} {r.row}: {r.reason}" for r in self.rejected.first)
+        shown = "".join(
+            f"\n  {r.file}, {word} {r.row}: {r.reason}" + (f": {r.text[:60]!r}" if r.text else "")
+            for r in self.rejected.first
+        )
         raise _TooManyRejected(
             f"{rejected} of {rows} {word}s are malformed, {rejected / rows:.2%}, and max_rejected allows "
             f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected (--bad-rows) to leave them out. "

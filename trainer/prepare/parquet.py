@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kernels.errors import UserError
-from trainer.prepare.blocks import Block, File, Rows, reading
+from trainer.prepare.blocks import Block, File, Rows, check_names, reading
 from trainer.prepare.spec import Role, Roles, Spec, without_labels
 
 BATCH_ROWS = 65536
@@ -21,6 +21,7 @@ class ParquetReader:
     def __init__(self, files: list[File], spec: Spec, *, to_predict: bool = False) -> None:
         self.files = files
         columns = _open(files[0]).schema_arrow.names
+        check_names(columns, files[0])
         if to_predict:
             spec = without_labels(spec, columns)
         self.roles = Roles.resolve(spec, columns, where=str(files[0].path))
@@ -35,6 +36,7 @@ class ParquetReader:
             for role in self.roles.all:
                 if role.column not in schema.names:
                     raise UserError(f"{file.path}: no column {role.column!r}, which {self.files[0].path} has")
+                check_names(schema.names, file)
                 kind = schema.field(role.column).type
                 listed = is_list(kind)
                 if listed and (role not in self.roles.categorical or role.kind == "number"):
@@ -174,4 +176,6 @@ def whole_numbers(array: pa.Array, role: Role, block: Block) -> pa.Array:
     try:
         return array.cast(pa.int64())
     except pa.ArrowInvalid as error:
-        raise UserError(f"{block.file.path}: column {role.column!r}: {error}") from error
+        raise UserError(
+            f"{block.file.path}: column {role.column!r}: {error}; ids = 'vocab' and 'hash' take any integer"
+        ) from error

@@ -72,6 +72,11 @@ def warnings(dataset: Dataset) -> list[str]:
         stats = feature.stats
         if stats is not None and stats.rows and stats.missing == stats.rows:
             found.append(f"feature {feature.name!r} has no value in any row")
+        elif stats is not None and feature.ids == "as_is" and feature.cardinality > max(10**6, 100 * stats.distinct):
+            found.append(
+                f"feature {feature.name!r}: {feature.cardinality:,} rows for {stats.distinct:,} distinct ids "
+                "taken as they are; ids = 'vocab' or 'hash' makes it smaller"
+            )
         elif stats is not None and dataset.like and stats.ids and stats.unseen > stats.ids / 2:
             share = stats.unseen / stats.ids
             found.append(f"feature {feature.name!r}: {share:.0%} of the ids do not occur in {dataset.like}")

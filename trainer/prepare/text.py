@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from kernels.errors import UserError
-from trainer.prepare.blocks import PACKED, Block, File, Reject, Rows, reading, shown
+from trainer.prepare.blocks import PACKED, Block, File, Reject, Rows, check_names, reading, shown
 from trainer.prepare.spec import Role, Roles, Source, Spec, without_labels
 
 LONGEST_RECORD = 64 << 20  # bytes; a quoted field that runs on for longer was never closed
@@ -34,6 +35,7 @@ class TextReader:
         self._block_bytes = block_bytes
         self._delimiter = spec.source.delimiter or ("\t" if _is_tsv(files[0], spec.source) else ",")
         self._iso = spec.timestamp is not None and spec.timestamp.parse == "iso8601"
+        self._zoned = False  # whether times were last seen with a zone: what the next block is tried with first
         self.columns = self._names(spec, to_predict)
         if to_predict:
             spec = without_labels(spec, self.columns)
@@ -47,11 +49,7 @@ class TextReader:
         if to_predict and self.source.columns is not None:
             unlabelled = [n for n in names if n not in {label.column for label in spec.label}]
             names = unlabelled if len(first) == len(unlabelled) else names
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise UserError(
-                f"{self.files[0].path}: columns called {', '.join(map(repr, twice))} occur more than once; rename them"
-            )
+        check_names(names, self.files[0])
         return names
 
     def _check_headers(self) -> None:
@@ -81,6 +79,8 @@ class TextReader:
                 f"{file.path}, line 1: the header cannot be read ({error}); "
                 "if the lines of the file end in carriage returns, convert them to line feeds"
             ) from error
+        if not names:
+            raise UserError(f"{file.path}, line 1: is blank, but the first line names the columns; remove blank lines")
         if len(names) == 1 and (other := next((c for c in ",;\t|" if c in names[0]), None)):
             raise UserError(
                 f"{file.path}, line 1: no {self._delimiter!r} in the header, but {other!r}; "
@@ -139,37 +139,48 @@ class TextReader:
 
     def parse(self, block: Block) -> Rows:
         """Typed columns of a block; its malformed lines among the rejects.  Called by several threads."""
-        types = self._types()
         if block.text.isspace():
             empty = {(r.column, r.kind): pa.array([], self._final(r)) for r in self.roles.all}
             return Rows(block, empty, np.zeros(0, np.int64), [])
-        try:
-            table = self._read(block.text, types)
-            columns = {}
-            for role in self.roles.all:
-                columns[role.column, role.kind] = self._from_text(_one(table.column(role.column)), role)
-        except pa.ArrowInvalid:
-            return self._parse_slowly(block, types)
-        lines = np.arange(table.num_rows, dtype=np.int64)
-        if block.text.count(b"\n") + (not block.text.endswith(b"\n")) != table.num_rows:
+        found = self._parse_fast(block)
+        if found is None:
+            return self._parse_slowly(block)
+        count, columns = found
+        lines = np.arange(count, dtype=np.int64)
+        if block.text.count(b"\n") + (not block.text.endswith(b"\n")) != count:
             lines = self._records(block)[2]  # blank lines, or line ends in quotes
-            if len(lines) != table.num_rows:
+            if len(lines) != count:
                 raise self._misread(block)
         return Rows(block, columns, block.first_row + lines, [])
+
+    def _parse_fast(self, block: Block) -> tuple[int, dict[tuple[str, str], pa.Array]] | None:
+        """(rows, their columns); None where a value is not what its column holds."""
+        for zoned in (self._zoned, not self._zoned) if self._iso else (False,):
+            try:
+                table = self._read(block.text, self._types(zoned))
+                columns = {
+                    (role.column, role.kind): self._from_text(_one(table.column(role.column)), role)
+                    for role in self.roles.all
+                }
+            except pa.ArrowInvalid:
+                continue
+            self._zoned = zoned
+            return table.num_rows, columns
+        return None
 
     def keys_of(self, role: Role) -> str:
         return "hex" if role.how.hex else "text"
 
-    def _types(self) -> dict[str, pa.DataType]:
+    def _types(self, zoned: bool) -> dict[str, pa.DataType]:
         """What each column of a text file is parsed as: its roles' type, or text where they differ."""
         types: dict[str, pa.DataType] = {}
         for role in self.roles.all:
-            kind = self._time_type() if role.kind == "time" else _READ_AS[role.kind]
+            kind = self._time_type(zoned) if role.kind == "time" else _READ_AS[role.kind]
             types[role.column] = kind if types.get(role.column, kind) == kind else pa.binary()
         return types
 
-    def _time_type(self) -> pa.DataType:
-        return pa.timestamp("us") if self._iso else pa.int64()
+    def _time_type(self, zoned: bool) -> pa.DataType:
+        return pa.timestamp("us", "UTC" if zoned else None) if self._iso else pa.int64()
 
     def _read(self, text: bytes, types: dict[str, pa.DataType], handler=None) -> pa.Table:
         return pa_csv.read_csv(
@@ -217,7 +228,11 @@ class TextReader:
         """A parsed column as its role wants it; ArrowInvalid where text is not what the role reads."""
         if role.kind == "time":
             if array.type == pa.binary():
-                array = pc.utf8_trim_whitespace(array.cast(pa.string())).cast(self._time_type())
+                text = pc.utf8_trim_whitespace(array.cast(pa.string()))
+                try:
+                    array = text.cast(self._time_type(zoned=False))
+                except pa.ArrowInvalid:
+                    array = text.cast(self._time_type(zoned=True))
             return pc.divide(array.cast(pa.int64()), 1_000_000) if self._iso else array
         wanted = _READ_AS[role.kind]
         if array.type == wanted:
@@ -244,7 +259,7 @@ class TextReader:
         starts, ends = starts[~blank], ends[~blank]
         return starts, ends, np.searchsorted(feeds, starts)
 
-    def _parse_slowly(self, block: Block, types: dict[str, pa.DataType]) -> Rows:
+    def _parse_slowly(self, block: Block) -> Rows:
         """As `_parse_text` for a block in which something is malformed."""
         starts, ends, lines = self._records(block)
         wrong: dict[int, str] = {}
@@ -253,7 +268,7 @@ class TextReader:
             wrong[row.number - 1] = f"expected {row.expected_columns} fields, found {row.actual_columns}"
             return "skip"
 
-        table = self._read(block.text, dict.fromkeys(types, pa.binary()), skip)
+        table = self._read(block.text, dict.fromkeys(self._types(False), pa.binary()), skip)
         good = np.setdiff1d(np.arange(len(lines)), np.fromiter(wrong, np.int64, len(wrong)))
         if table.num_rows != len(good):
             raise self._misread(block)
@@ -284,8 +299,10 @@ class TextReader:
             try:
                 values.append(self._from_text(pa.array([value.as_py()], pa.binary()), role)[0].as_py())
             except pa.ArrowInvalid:
-                values.append(None)
-                unreadable.add(i)
+                whole = role.kind == "integer" and re.fullmatch(rb"\s*(-?\d{1,18})\.0*\s*", value.as_py())
+                values.append(int(whole[1]) if whole else None)
+                if not whole:
+                    unreadable.add(i)
         codes = distinct.indices
         bad = np.flatnonzero(np.isin(np.asarray(codes.fill_null(-1)), list(unreadable))).tolist()
         return pa.array(values, self._final(role)).take(codes), bad
