@@ -28,7 +28,10 @@ from launch.progress import size
 
 OURS = ("kernels", "trainer", "sharding", "launch")
 TORCHMETRICS_OF = {"1.8": "1.0.3"}  # torchrec -> the one torchmetrics it accepts, from its metadata
-NEEDED = ("torch", "torchrec", "torchmetrics", "torchx", "tensordict", "pyarrow", "numpy", "pydantic", "typer", "rich")
+NEEDED = (
+    *("torch", "torchrec", "torchmetrics", "torchx", "tensordict"),
+    *("numba", "pyarrow", "numpy", "pydantic", "typer", "rich"),
+)
 
 SHM_BYTES = 64 << 20  # docker's default is 64 MB; NCCL and gloo need more between the ranks of one machine
 SHM_WANTED = 1 << 30

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -52,6 +53,23 @@ def _plugin(package: str):
     return Annotated[SerializeAsAny[Plugin], BeforeValidator(build)]
 
 
+def _kind_in(package: str, *also: str):
+    """The name of a plugin that has no options of its own; a dotted name is looked for when it is needed."""
+
+    def check(value: str) -> str:
+        known = [*also, *registry.names(package)]
+        if "." not in value and value not in known:
+            raise ValueError(
+                f"{value!r} is not a kind found in {package.replace('.', '/')}/; {registry.nearest(value, known)}"
+            )
+        return value
+
+    return Annotated[str, AfterValidator(check)]
+
+
+TableKind = _kind_in("sharding.tables")
+
+
 class Features(Frozen):
     """Which columns of a Parquet folder that nobody prepared are what."""
 
@@ -80,7 +98,7 @@ class TableOptions(Frozen):
     dim: Positive | None = None
     pooling: Literal["sum", "mean"] | None = None
     sharding: ShardingType | None = None
-    kind: str | None = None
+    kind: TableKind | None = None  # type: ignore[valid-type]
     options: dict[str, Any] | None = None
     id_policy: Literal["error", "clip", "hash"] | None = None
     init_std: float | None = None
@@ -95,7 +113,7 @@ class Tables(Frozen):
     dim: Positive = 16
     pooling: Literal["sum", "mean"] = "sum"
     sharding: ShardingType = "auto"
-    kind: str = "standard"
+    kind: TableKind = "standard"  # type: ignore[valid-type]
     override: tuple[TableOverride, ...] = ()  # the last match wins, key by key
 
 
@@ -156,7 +174,7 @@ class Train(Frozen):
 
 class Kernels(Frozen):
     # A file in kernels/backends/, or "auto" for the fastest that can serve; "fbgemm" is TorchRec's own kernel.
-    embedding_bag: str = "fbgemm"
+    embedding_bag: _kind_in("kernels.backends", "auto") = "fbgemm"  # type: ignore[valid-type]
 
 
 class Eval(Frozen):
