@@ -237,6 +237,14 @@ def bench_data(as_json: Json = False) -> None:
     raise typer.Exit(data.main(json=as_json) or 0)
 
 
+@bench.command("kernels")
+def bench_kernels(as_json: Json = False) -> None:
+    """The embedding kernels beside FBGEMM's, torch.nn.EmbeddingBag and a plain gather loop."""
+    from benchmarks import kernels
+
+    raise typer.Exit(kernels.main(json=as_json) or 0)
+
+
 def print_error(message: str) -> None:
     """`error:` and the message in red on stderr, further lines indented under it."""
     first, *rest = message.strip().splitlines() or ["unknown"]
