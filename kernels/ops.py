@@ -330,7 +330,11 @@ def _one_of(name: str, value: object, known: Sequence) -> None:
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on Linux's CPU, a large buffer asks for huge pages before it is touched.
+    return blank(size, dtype, device).zero_()
+
+
+def blank(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat buffer, not filled; on Linux's CPU, a large one asks for huge pages before it is touched.
 
     Rows are read at random: with pages of 4 KiB nearly every row costs a walk of the page table besides its own bytes.
     """
@@ -341,4 +345,4 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         last = (flat.data_ptr() + used) // HUGE_PAGE * HUGE_PAGE
         advise_huge = 14  # MADV_HUGEPAGE; a kernel that has none refuses, and nothing is lost
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advise_huge)
-    return flat.zero_()
+    return flat

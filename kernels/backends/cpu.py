@@ -15,6 +15,7 @@ is made, so no step waits for it.
 
 import importlib.util
 import platform
+import weakref
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,10 +23,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.ops import DECAYS, STATES, Spec, State, check_ids, row_key
+from kernels.ops import DECAYS, STATES, Spec, State, blank, check_ids, row_key
 
 SPEED = {"cpu": 3}
 WIDEST = 1024  # columns; a row is a value in registers, and LLVM takes long over wider ones
+REUSED = 1 << 20  # bytes; smaller outputs come from the allocator, which has such pieces at hand
 SMALL = 1 << 14  # elements; below this much work waking a thread costs more than it saves
 
 
@@ -51,6 +53,7 @@ class Kernel:
         import numpy as np
 
         self.spec, self.state, self.np = spec, state, np
+        self.outputs = Outputs()
         self.scratch: dict[int, tuple] = {}  # of each thread: grows to the longest part, 16 bytes an id
         features = spec.features
         self.starts = np.array([spec.starts[t] for t in features], np.uint64)
@@ -76,10 +79,8 @@ class Kernel:
         ids, starts = ids_N.contiguous(), offsets.to(torch.int64).contiguous()
         offset = starts.numpy()
         bags = (offset.size - 1) // len(spec.features)
-        if spec.pooling == "none":
-            out = torch.empty(ids.numel(), self.dims[0], dtype=spec.output)
-        else:
-            out = torch.empty(bags, spec.columns[-1], dtype=spec.output)
+        shape = (ids.numel(), self.dims[0]) if spec.pooling == "none" else (bags, spec.columns[-1])
+        out = self.outputs.take(shape, spec.output)
         if offset[0] != 0 or offset[-1] != ids.numel():
             check_ids(spec, ids_N, offsets)
         weights, target, numbers = _array(self.state.weights), _array(out), ids.numpy()
@@ -218,6 +219,28 @@ class Kernel:
     def _learn(self, dim: int, ids: torch.dtype):
         scaled = self.spec.weighted or self.spec.pooling == "mean"
         return _compiled("learn", self.spec.weights, self.spec.output, ids, dim, scaled)
+
+
+class Outputs:
+    """Memory for outputs, used again once nobody holds the output that lay there before.
+
+    Fresh memory costs a page fault every 4 KiB: at one id per bag that is more time than the look-up itself.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, weakref.ref]] = []  # memory, and who holds it
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        size = shape[0] * shape[1] * dtype.itemsize
+        if size < REUSED:
+            return torch.empty(shape, dtype=dtype)
+        busy = [kept for kept in self.kept if kept[1]() is not None]
+        free = [kept for kept in self.kept if kept[1]() is None and kept[0].numel() >= size]
+        memory = free.pop()[0] if free else blank(size + size // 4, torch.uint8, torch.device("cpu"))
+        # The output's storage holds this very array, and so do its views and what autograd has saved of it.
+        holder = memory.numpy()[:size]
+        self.kept = [*busy, *free[:1], (memory, weakref.ref(holder))]
+        return torch.from_numpy(holder).view(dtype).view(shape)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import registry
 from kernels.errors import UserError
 from kernels.ops import Optimizer, Spec, State, Table, TableBatchedEmbeddingBag
-from tests.kernels.cases import assert_close, batch, run, serves
+from tests.kernels.cases import assert_close, batch, fill, run, serves
 
 BACKENDS = registry.names("kernels.backends")
 TABLES = (Table(rows=13, dim=16), Table(rows=101, dim=4), Table(rows=1, dim=4))  # few widths: each is compiled
@@ -237,3 +237,24 @@ def test_state_can_be_replaced_between_steps(backend):
     assert torch.allclose(bags.state.state_views("momentum1")[0], torch.tensor([3.0, 3.0, 4.0, 3.0]))
     assert torch.allclose(bags.state.tables[0][2], torch.full((4,), 1 - 0.25 / 2.0))
     assert isinstance(bags.state, State)
+
+
+def test_an_output_that_is_still_held_stays_as_it_is(backend):
+    """Outputs of a MiB and more: memory may be used again, but not while an output, a view or a graph holds it."""
+    spec = Spec(tables=(Table(rows=50, dim=128),), optimizer=Optimizer(kind="sgd"))
+    spec = serve(backend, spec)
+    bags = TableBatchedEmbeddingBag(spec, backend=backend)
+    fill(bags.state)
+    rows = [torch.full((2100,), row) for row in range(6)]
+    held = []
+    for row_N in rows:
+        out = bags(row_N, torch.arange(2101))
+        held.append((out.detach()[1:] if len(held) % 2 else out * out, bags.state.tables[0][row_N[0]].clone()))
+        del out
+    for number, (tensor, row_D) in enumerate(held):
+        want = row_D if number % 2 else row_D * row_D
+        assert torch.equal(tensor, want.expand_as(tensor)), number
+    for number in (0, 2, 4):
+        held[number][0].sum().backward()
+        moved = bags.state.tables[0][number] - held[number][1]
+        torch.testing.assert_close(moved, -0.01 * 2100 * 2 * held[number][1], rtol=1e-3, atol=1e-4)
