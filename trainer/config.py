@@ -174,7 +174,7 @@ class Train(Frozen):
 
 class Kernels(Frozen):
     # A file in kernels/backends/, or "auto" for the fastest that can serve; "fbgemm" is TorchRec's own kernel.
-    embedding_bag: _kind_in("kernels.backends", "auto") = "fbgemm"  # type: ignore[valid-type]
+    embedding_bag: _kind_in("kernels.backends", "auto") = "auto"  # type: ignore[valid-type]
 
 
 class Eval(Frozen):

@@ -450,6 +450,8 @@ def _embedding_kernel(built: Built) -> dict[str, str]:
     if own:
         choices = {kernel.bags.choice.name: kernel.bags.choice.why for kernel in own}
         return {"backend": ", ".join(choices), "why": "; ".join(dict.fromkeys(choices.values()))}
-    if built.config.kernels.embedding_bag == "fbgemm":
-        return {"backend": "fbgemm", "why": "asked for: TorchRec's own kernel, with the optimizer in its backward"}
-    return {"backend": "torchrec dense", "why": "this rank holds data_parallel tables alone, or none"}
+    if any(t["sharding"] != "data_parallel" for t in built.plan["tables"]):
+        asked = built.config.kernels.embedding_bag
+        why = "asked for" if asked == "fbgemm" else f"the fastest on {built.world.device.type}"
+        return {"backend": "fbgemm", "why": f"{why}: TorchRec's own kernel, with the optimizer in its backward"}
+    return {"backend": "torchrec dense", "why": "all tables are data_parallel"}

@@ -48,7 +48,7 @@ def l2_of(config: Any) -> dict[str, Any]:
 def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str) -> dict[str, Any]:
     """How the tables of a plan are looked up and updated, as keyword arguments of `sharding.parallelize`:
 
-    kernel: as given; optimizer: None when all tables are data_parallel; row_update: None unless the kernel is FBGEMM's
+    kernel: as given, but FBGEMM's for "auto" on a GPU; optimizer: None when all tables are data_parallel; row_update: None unless the kernel is FBGEMM's
     and lacks what is asked.
     """
     from sharding.fbgemm import lacks_decay
@@ -57,6 +57,8 @@ def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str)
     if not has_fused_tables(plan):
         return {"kernel": "fbgemm", "optimizer": None, "row_update": None}
     optimizer = plugin(config.sparse).table(config.sparse)
+    if kernel == "auto" and device.type != "cpu":
+        kernel = "fbgemm"  # none of ours is faster on a GPU yet: no Triton backend
     replace = kernel == "fbgemm" and lacks_decay(optimizer, device=device)
     update = partial(plugin(config.sparse).update_rows, config.sparse, step=None) if replace else None
     return {"kernel": kernel, "optimizer": optimizer, "row_update": update}
