@@ -223,9 +223,11 @@ def _in_range(values: np.ndarray, offsets: np.ndarray | None, feature: Feature, 
         return wide
     at = int(np.argmax(outside))
     row = at if offsets is None else int(np.searchsorted(offsets, at, side="right")) - 1
+    # More rows help with ids that are too large, not with negative ones.
+    largest = int(given.max())
+    more_rows = f"set rows = {largest + 1} for the table, or " if largest >= feature.rows else "set "
     raise UserError(
         f"{where}, row {row}: feature {feature.name!r} has id {given[at]}, but its table {feature.table!r} has "
         f"{feature.rows} rows (ids 0 .. {feature.rows - 1}; {int(outside.sum())} ids in this row group are outside); "
-        f"set rows = {max(int(given.max()) + 1, feature.rows)} for the table, "
-        'or id_policy = "clip" or "hash", or prepare the data again'
+        f'{more_rows}id_policy = "clip" or "hash", or prepare the data again'
     )
