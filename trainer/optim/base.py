@@ -48,8 +48,8 @@ def l2_of(config: Any) -> dict[str, Any]:
 def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str) -> dict[str, Any]:
     """How the tables of a plan are looked up and updated, as keyword arguments of `sharding.parallelize`:
 
-    kernel: as given, but FBGEMM's for "auto" on a GPU; optimizer: None when all tables are data_parallel; row_update: None unless the kernel is FBGEMM's
-    and lacks what is asked.
+    kernel: as given, but FBGEMM's for "auto" on a GPU; optimizer: None when all tables are data_parallel;
+    row_update: None unless the kernel is FBGEMM's and lacks what is asked.
     """
     from sharding.fbgemm import lacks_decay
     from sharding.plan import has_fused_tables
