@@ -6,6 +6,7 @@ what they build (`trainer/models/dlrm.py: Config`) and are validated here throug
 """
 
 import hashlib
+import math
 import os
 import tomllib
 import types
@@ -143,8 +144,6 @@ class Schedule(Frozen):
             return 1.0
         left = 1.0 - min(1.0, (step - self.decay_start) / self.decay_steps)
         if self.decay == "cosine":
-            import math
-
             left = 0.5 * (1.0 - math.cos(math.pi * left))
         elif self.decay == "poly":
             left = left**self.power
