@@ -2,38 +2,39 @@
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from kernels import registry
 from kernels.errors import UserError
-from kernels.ops import Spec
 
 BACKENDS = "kernels.backends"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """name: a kind in kernels/backends/; why: for people and for the run report."""
+    """name: a kind in the folder; why: for people and for the run report."""
 
     name: str
     why: str
     module: ModuleType
 
 
-def choose(spec: Spec, device: torch.device, name: str = "auto") -> Choice:
+def choose(spec: Any, device: torch.device, name: str = "auto", *, package: str = BACKENDS) -> Choice:
     """The backend for a spec on a device.
 
+    package: the folder of backends whose `supports` knows this kind of spec.
     "auto" takes the one of the highest SPEED for this kind of device among those that support the spec.
     Raises UserError with the backend's reason when the one asked for does not.
     """
     if name != "auto":
-        module = registry.load(BACKENDS, name)
+        module = registry.load(package, name)
         reason = module.supports(spec, device)
         if reason is not None:
             raise UserError(f'kernels backend "{name}" cannot serve this: {reason}; "auto" takes one that can')
         return Choice(name=name, why="asked for", module=module)
-    found = {kind: registry.load(BACKENDS, kind) for kind in registry.names(BACKENDS)}
+    found = {kind: registry.load(package, kind) for kind in registry.names(package)}
     refused = []
     for kind in sorted(found, key=lambda k: -found[k].SPEED.get(device.type, 0)):
         reason = found[kind].supports(spec, device)
