@@ -4,7 +4,7 @@
     out_BY = dots(dense_BD, emb_BX)                                   # differentiable in both
     out_BY = DotInteraction(Spec(features=26, dim=64, dense=False))(None, emb_BX)
 
-The I = F + 1 vectors of a sample are v_0 = its row of dense_BD and v_1 .. v_F = the F parts of its row of emb_BX (without
+The I = F + 1 vectors of a sample are v_0 = its row of dense_BD and v_1 .. v_F = the F parts of its row of emb_BX (no
 dense: I = F, v_0 is the first part).  A row of out_BY is the row of dense_BD, where there is one, and then the P =
 I * (I - 1) / 2 dots of the strict lower triangle, by rows.  Three vectors, dense among them:
 
@@ -14,7 +14,7 @@ The backward gives, with G the (I, I) symmetric matrix of the dots' gradients, z
 
     d v_i = sum over j of G[i, j] * v_j          and for v_0 also the gradient of the copy of dense_BD
 
-Shapes: B samples, D columns of a vector, F features, X = F * D, I vectors, P pairs, Y = P (+ D with dense) columns of out.
+Shapes: B samples, D columns of a vector, F features, X = F * D, I vectors, P pairs, Y = P (+ D with dense).
 """
 
 from dataclasses import dataclass

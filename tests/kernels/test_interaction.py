@@ -1,4 +1,4 @@
-"""Every backend in kernels/interactions/ does what the reference does; a new file there is tested without a change here."""
+"""Every backend in kernels/interactions/ does what the reference does; a new file there is tested as it is."""
 
 import pytest
 import torch
