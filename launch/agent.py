@@ -4,10 +4,12 @@
 
 When a rank ends with anything but 0, the others get SIGTERM and, FAILED_GRACE_SECONDS later, SIGKILL. Then
 ERRORS/agent.json says which ranks ended first and how:
-    {"time": unix, "stopped_by": null | signal name that the agent itself got,
+    {"time": unix, "stopped_by": null | signal name that the agent itself got, "exit_code": of the agent,
      "failures": [{"rank", "exit_code", "signal": null | name, "time"}]}     ranks that the agent stopped are left out
 Exit code: 0, or 2 when every failed rank exited with 2 (the user's input), 75 likewise (stopped after a checkpoint),
-otherwise 1. Torch's own error page is not printed: `launch.failure` makes one line of it.
+otherwise 1. SIGUSR1 is passed on to the ranks, which save and end with 75.
+LOGS/agent.pid holds the agent's process id.
+Torch's own error page is not printed: `launch.failure` makes one line of it.
 """
 
 import argparse
@@ -23,7 +25,6 @@ from typing import Any, ClassVar
 
 from trainer import quiet
 
-GRACE_SECONDS = 8  # to save and leave when the job is stopped; below the 10 s after which TorchX kills the agent
 FAILED_GRACE_SECONDS = 4  # for the others after a rank has failed
 
 
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--errors", type=Path, required=True)
+    parser.add_argument("--grace", type=int, required=True, help="seconds to save and leave in when the job is stopped")
     args = parser.parse_args(argv)
 
     from launch.rank import die_with_parent
@@ -46,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    context = _install_context()
+    context = _install_context(args.grace)
+    signal.signal(signal.SIGUSR1, lambda number, frame: context.pass_on(number))
+    args.logs.mkdir(parents=True, exist_ok=True)
+    (args.logs / "agent.pid").write_text(f"{os.getpid()}\n")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=_logs_specs(args.logs),
-        shutdown_timeout=GRACE_SECONDS,
+        shutdown_timeout=args.grace,
     )
     stopped_by = None
     try:
@@ -75,14 +80,15 @@ def main(argv: list[str] | None = None) -> int:
         {"rank": rank, "exit_code": code, "signal": _signal_name(code), "time": at}
         for rank, (code, at) in sorted(first.items(), key=lambda item: item[1][1])
     ]
-    args.errors.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"time": time.time(), "stopped_by": stopped_by, "failures": failures}, indent=1)
-    (args.errors / "agent.json").write_text(text + "\n")
     codes = {code for code, _ in (context.ended if stopped_by else first).values()}
-    return codes.pop() if codes in ({2}, {75}) else 1
+    exit_code = codes.pop() if codes in ({2}, {75}) else 1
+    found = {"time": time.time(), "stopped_by": stopped_by, "exit_code": exit_code, "failures": failures}
+    args.errors.mkdir(parents=True, exist_ok=True)
+    (args.errors / "agent.json").write_text(json.dumps(found, indent=1) + "\n")
+    return exit_code
 
 
-def _install_context() -> Any:
+def _install_context(grace: int) -> Any:
     """Have torch's agent use a process context that keeps the order of deaths and does not wait 30 s for a stuck rank.
 
     Torch gives neither as an option: `SubprocessContext._poll` calls `close()` with its default timeout.
@@ -93,11 +99,23 @@ def _install_context() -> Any:
         # rank -> (exit code, time): of those that ended badly by themselves, and of all after they were stopped
         first: ClassVar[dict[int, tuple[int, float]]] = {}
         ended: ClassVar[dict[int, tuple[int, float]]] = {}
+        running: ClassVar[Any] = None
+
+        def _start(self) -> None:
+            super()._start()
+            Context.running = self
+
+        @classmethod
+        def pass_on(cls, number: int) -> None:
+            """Send a signal to every living rank."""
+            for handler in cls.running.subprocess_handlers.values() if cls.running else ():
+                if handler.proc.poll() is None:
+                    handler.proc.send_signal(number)
 
         def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
             if not Context.first:
                 self._note(Context.first)
-            super()._close(death_sig, FAILED_GRACE_SECONDS if Context.first else min(timeout, GRACE_SECONDS))
+            super()._close(death_sig, FAILED_GRACE_SECONDS if Context.first else min(timeout, grace))
             self._note(Context.ended)
 
         def _note(self, into: dict[int, tuple[int, float]]) -> None:

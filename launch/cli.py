@@ -37,7 +37,8 @@ Split = Annotated[str | None, typer.Option(help="train, valid or test; default: 
 def main() -> None:
     """Entry point: runs a command, turns a UserError into `error:` lines and exit code 2."""
     quiet.install()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops us stops the ranks in good order
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # whoever stops us stops the ranks in good order
+        signal.signal(number, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -115,8 +116,16 @@ def prepare(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml.")],
+    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml, or a run to resume.")],
     nproc: Nproc = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH",
+            help="Go on in the same run folder from its newest valid checkpoint (the beginning where there is none), "
+            "or from a checkpoint's path.",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
     ] = None,
@@ -134,22 +143,48 @@ def train(
 
     console = _console(as_json)
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
-    resolved = configs.load(config, overrides)
+    run_dir = None
+    if config.is_dir():
+        run_dir = rundir.find(config)
+        if resume is None:
+            raise UserError(f"{config} is a run; `tablemesh train {config} --resume auto` goes on with it")
+    resolved = configs.load(run_dir / "config.toml" if run_dir else config, overrides)
+    if resume is not None and run_dir is None:
+        run_dir = rundir.newest(resolved.run.dir, resolved.name)
     nproc = nproc or resolved.train.nproc
     resolved.check_world_size(nproc)
     starter = _scheduler(scheduler)
     if dry_run:
-        where = resolved.run.dir / resolved.name
-        text = starter.request(job.make(name=resolved.name, action="train", run_dir=where, nproc=nproc, module=module))
+        where = run_dir or resolved.run.dir / resolved.name
+        work = job.make(
+            name=resolved.name,
+            action="train",
+            run_dir=where,
+            nproc=nproc,
+            module=module,
+            grace=resolved.run.grace_seconds,
+        )
+        text = starter.request(work)
         if as_json:
             print_json({"request": text})
         else:
             console.print(escape(text), end="", soft_wrap=True, highlight=False)
         return
     _prepare_missing(console, resolved)
-    run_dir = rundir.create(resolved.run.dir, resolved.name)
+    if run_dir is None:
+        run_dir = rundir.create(resolved.run.dir, resolved.name)
+    else:
+        rundir.reopen(run_dir, resolved)
     (run_dir / "config.toml").write_text(resolved.located().to_toml())
-    work = job.make(name=run_dir.name, action="train", run_dir=run_dir, nproc=nproc, module=module)
+    work = job.make(
+        name=run_dir.name,
+        action="train",
+        run_dir=run_dir,
+        nproc=nproc,
+        module=module,
+        grace=resolved.run.grace_seconds,
+        values={"resume": _resume_from(resume)} if resume else {},
+    )
     started = time.time()
     ended = follow.run(work, starter, progress.make(console))
     if ended is not None:
@@ -298,6 +333,11 @@ def _prepare_missing(console: Console, resolved: Any) -> None:
         )
     console.print(f"preparing {data.prepare} into {data.path}", highlight=False)
     _prepare(console, data.prepare, data.path, spec=None, options=dict(data.prepare_options))
+
+
+def _resume_from(resume: str) -> str:
+    """A local path as the ranks find it from any folder."""
+    return resume if resume == "auto" or "://" in resume else str(Path(resume).resolve())
 
 
 def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from trainer import quiet
 # the broken connection as an error of their own.
 _NOTICE_SECONDS = 1.0
 
+SAVED = "stopped after a checkpoint; `tablemesh train RUN --resume auto` goes on from there"
+
 _FULL_BYTES = 64 << 10  # with less room than this left, a rank could not write down why it failed
 
 _LIKELY = {
@@ -73,6 +75,8 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
     silent = [ended for ended in failures if not any(r.get("rank") == ended["rank"] for r in reports)]
     for ended in silent or failures:
         return _of_silent_exit(job, ended)
+    if agent and agent.get("exit_code") == 75:
+        return Failure(kind="interrupted", message=SAVED, exit_code=75)
     if agent and agent["stopped_by"]:
         return Failure(kind="interrupted", message=f"stopped by {agent['stopped_by']}")
     last = _last_lines(agent_output)
@@ -108,7 +112,7 @@ def _of_silent_exit(job: Job, ended: dict[str, Any]) -> Failure:
     rank, code = ended["rank"], ended["exit_code"]
     log = job.logs / f"rank_{rank}.err"
     if code == 75:
-        return Failure(kind="interrupted", message="stopped after a checkpoint", exit_code=75)
+        return Failure(kind="interrupted", message=SAVED, exit_code=75)
     last = _last_lines(_text(log))
     message = f"rank {rank} ended with exit code {code}" + (f":\n{last}" if last else " and printed nothing")
     return Failure(kind="internal", message=message, rank=rank, details=log, exit_code=2 if code == 2 else 1)

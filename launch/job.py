@@ -22,6 +22,7 @@ class Job:
     nproc: int  # ranks on each node
     nodes: int = 1
     threads: int  # of each rank
+    grace: int = 60  # seconds from a signal to stop until the ranks are killed
     env: Mapping[str, str] = field(default_factory=dict)  # added to the ranks' environment
     values: Mapping[str, Any] = field(default_factory=dict)  # what JOB.json says besides action and run_dir
     module: str = "trainer"  # what each rank runs: `python -m MODULE JOB.json`
@@ -54,6 +55,7 @@ class Job:
             *("--job", str(self.file)),
             *("--logs", str(self.logs)),
             *("--errors", str(self.errors)),
+            *("--grace", str(self.grace)),
         ]
 
 
@@ -65,6 +67,7 @@ def make(
     nproc: int,
     values: Mapping[str, Any] | None = None,
     module: str = "trainer",
+    grace: int = 60,
 ) -> Job:
     """A job of one node, with its threads and environment filled in from this machine.
 
@@ -89,6 +92,7 @@ def make(
         run_dir=run_dir.resolve(),
         nproc=nproc,
         threads=threads,
+        grace=grace,
         env=env,
         values=values or {},
         module=module,

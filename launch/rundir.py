@@ -33,6 +33,34 @@ def create(parent: Path, name: str) -> Path:
     return path.resolve()
 
 
+def newest(parent: Path, name: str) -> Path | None:
+    """The last run of this name, of parent/NAME, NAME-2, NAME-3, ...; None when there is none."""
+    found = [(1, parent / name)] if (parent / name / "config.toml").is_file() else []
+    for path in parent.glob(f"{name}-*") if parent.is_dir() else ():
+        number = path.name.removeprefix(f"{name}-")
+        if number.isdigit() and (path / "config.toml").is_file():
+            found.append((int(number), path))
+    return max(found)[1].resolve() if found else None
+
+
+def reopen(run_dir: Path, resolved: Any) -> None:
+    """Before a run goes on in its folder; changes nothing.
+
+    UserError while another process writes there, or when the config differs in what must not differ.
+    """
+    from trainer import config as configs
+    from trainer.checkpoint import compare, lock
+
+    lock.check(run_dir)
+    fatal, _ = compare.differences(configs.load(run_dir / "config.toml"), resolved)
+    if fatal:
+        raise UserError(
+            f"{run_dir}: the run cannot go on with this config; it differs in\n"
+            + "\n".join(fatal)
+            + "\nput these back, or start a new run without --resume"
+        )
+
+
 def find(run: Path) -> Path:
     """The run folder that `run` names. UserError when it is none."""
     if not run.is_dir():
@@ -57,6 +85,9 @@ def close(run_dir: Path, *, name: str, world_size: int, started: float, failure:
     failed has noted that it was interrupted. UserError when the files cannot be written.
     """
     found = report(run_dir)
+    by_rank = failure.kind == "interrupted" and found.get("status") == "interrupted"  # it has written it down itself
+    if by_rank:
+        return
     if failure.kind != "interrupted" or found.get("status") in (None, "running"):
         found |= {
             "name": found.get("name", name),

@@ -1,7 +1,7 @@
 """What each rank runs: `python -m trainer JOB.json`.
 
-JOB.json: {"action": "train" | "eval" | "predict", "run_dir"}; for eval and predict also "dataset", "split", "out" and
-"result", the file that rank 0 writes the answer to.
+JOB.json: {"action": "train" | "eval" | "predict", "run_dir"}; for train also "resume" ("auto" or a checkpoint's path);
+for eval and predict "dataset", "split", "out" and "result", the file that rank 0 writes the answer to.
 On an error the rank writes errors/rank_R.json into the run folder; the command line makes one readable cause of what
 all ranks wrote.
 """
@@ -24,33 +24,36 @@ from kernels.errors import UserError  # noqa: E402  (the filters must be in plac
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT: stop between two Python instructions of the main thread."""
+    """A signal to stop before the training has begun: between two Python instructions of the main thread."""
 
 
 def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text())
     run_dir = Path(job["run_dir"])
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _run(job, run_dir)
+        code = _run(job, run_dir)
     except Interrupted as stopped:
         if job["action"] == "train" and rank == 0:
             _close_report(run_dir, error={"rank": 0, "kind": "interrupted", "message": str(stopped)})
-        return _leave(1)
+        saved = job.get("resume") and any(run_dir.glob("checkpoints/step_*/manifest.json"))  # nothing is lost
+        return _leave(75 if saved else 1)
     except BaseException as error:  # whatever it is, the other ranks and the user must hear of it
         kind, message = _classify(error)
         _write_error(run_dir, rank, kind, message)
         return _leave(2 if kind == "user" else 1)
-    return 0
+    return _leave(code) if code else 0
 
 
-def _run(job: dict[str, Any], run_dir: Path) -> None:
+def _run(job: dict[str, Any], run_dir: Path) -> int:
+    """The exit code: 0, or 75 when the training was stopped and is saved."""
     import torch.distributed as dist
 
     from trainer import config as configs
     from trainer import report
+    from trainer.checkpoint.session import Stopped
     from trainer.trainer import evaluate_run, predict_run, train
     from trainer.world import World
 
@@ -59,7 +62,11 @@ def _run(job: dict[str, Any], run_dir: Path) -> None:
     config.check_world_size(world.size)
     world.connect(config.run.timeout_seconds)
     if job["action"] == "train":
-        train(config, run_dir, world)
+        try:
+            train(config, run_dir, world, resume=job.get("resume"))
+        except Stopped:
+            dist.barrier()  # nobody leaves while another rank still needs it
+            return 75
     else:
         options = {key: job.get(key) for key in ("dataset", "split")}
         if job["action"] == "eval":
@@ -70,6 +77,7 @@ def _run(job: dict[str, Any], run_dir: Path) -> None:
             target = Path(job["result"])
             report.write_json(target.parent, result, name=target.name)
     dist.destroy_process_group()
+    return 0
 
 
 def _interrupt(number: int, frame: Any) -> None:

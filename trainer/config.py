@@ -167,8 +167,17 @@ class Train(Frozen):
     loss: Literal["bce", "mse"] = "bce"
     task_weights: tuple[float, ...] | None = None  # one per label; default 1 each
     log_every: Positive = 20
-    checkpoint_every: Positive | None = None  # steps; always one at the end
-    keep_checkpoints: Positive = 2
+
+
+class Checkpoint(Frozen):
+    """When a run saves itself, besides at its end and when it is stopped by a signal."""
+
+    every_steps: Positive | None = None
+    every_minutes: float | None = Field(default=None, gt=0)
+    keep: Positive = 2  # the newest ones that stay
+    keep_every: Positive | None = None  # and those whose step is a multiple of this
+    background: bool = True  # the step stops for a copy into host memory only, which takes as much as the state
+    dir: str | None = None  # a folder or a fsspec URL for DIR/NAME/step_N; default RUN/checkpoints
 
 
 class Kernels(Frozen):
@@ -188,6 +197,7 @@ class Run(Frozen):
     dir: Path = Path("runs")
     tensorboard: bool = False
     timeout_seconds: Positive = 300  # a collective that takes longer ends the run
+    grace_seconds: Positive = 60  # from a signal to stop until the ranks are killed: to save in
 
 
 class Config(Frozen):
@@ -198,6 +208,7 @@ class Config(Frozen):
     model: _plugin("trainer.models")  # type: ignore[valid-type]
     optim: Optim
     train: Train
+    checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     eval: Eval = Eval()
     run: Run = Run()

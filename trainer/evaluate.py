@@ -4,7 +4,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,26 @@ from trainer.metrics import Metrics
 from trainer.world import World
 
 
+class Stopping(Exception):
+    """The ranks have agreed to stop in the middle of an evaluation."""
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World, max_rows: int | None = None) -> dict:
+def evaluate(
+    model: nn.Module,
+    reader: Reader,
+    metrics: Metrics,
+    *,
+    world: World,
+    max_rows: int | None = None,
+    stopping: Callable[[], bool] | None = None,
+) -> dict:
     """Metrics over all rows of the reader's split, or, rounded up to a batch, over `max_rows` of them: the first of
     every stream.
 
     Every rank reads the same number of batches, the last ones padded with weight-0 rows, so no rank waits for one
     that has ended. Returns the dict of `Metrics.compute` with `seconds`, the same on all ranks.
+    stopping: asked on every rank after each batch; raises Stopping when it says so.
     """
     started = time.perf_counter()
     steps = reader.steps_per_epoch
@@ -41,6 +54,8 @@ def evaluate(model: nn.Module, reader: Reader, metrics: Metrics, *, world: World
             batch = next(batches).to(world.device, non_blocking=True)
             _, logits_BT = model(batch)
             metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
+            if stopping is not None and stopping():
+                raise Stopping
     finally:
         batches.close()
         model.train(was_training)

@@ -56,6 +56,11 @@ class Metrics:
     def device(self) -> torch.device:
         return self._state.device
 
+    @property
+    def sums(self) -> Tensor:
+        """All of the state, which adds over updates and ranks; a checkpoint keeps it."""
+        return self._state
+
     @torch.no_grad()
     def update(
         self,
@@ -317,6 +322,10 @@ class StepTimer:
         if phases is not None:
             for name, part in {**phases, "other": max(0.0, seconds - sum(phases.values()))}.items():
                 self._phases.setdefault(name, Durations()).add(part)
+
+    @property
+    def seconds(self) -> float:
+        return self._step.total
 
     def summary(self) -> dict[str, Any]:
         """{"seconds", "samples_per_second", "step_ms": {"p50", "p90", "p99"}, "phases_ms": median of each part}."""

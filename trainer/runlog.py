@@ -7,7 +7,8 @@ Every event has "event" and "time" (unix seconds); the kinds and their keys:
     train       epoch, step, samples, loss, ne, auc, calibration, lr_factor, samples_per_second, step_ms_p50,
                 data_wait_ms, memory_bytes: over the steps since the last such line
     eval        step, split, auc, auc_error_bound, ne, logloss, calibration, rows, seconds, final
-    checkpoint  step, path, seconds, bytes
+    checkpoint  step, path, bytes, seconds (to write it), pause_seconds (the steps stood still), background, delta
+    resume      step, path, passed_over: the run goes on after this step; what was logged of later ones is void
     message     level (info, warning), text
     end         status (finished, failed, interrupted), seconds
 """

@@ -4,9 +4,10 @@ train(config, run_dir, world)              what `tablemesh train` runs on every 
 evaluate_run, predict_run                  a trained run again, on any dataset with its columns
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from sharding.compute_kernel import kernels_of
 from sharding.embeddings import build_embeddings
 from sharding.parallelize import parallelize
 from sharding.plan import describe, make_plan
-from trainer import checkpoint, report
+from trainer import report
+from trainer.checkpoint import lock
+from trainer.checkpoint.restore import place_of
+from trainer.checkpoint.session import Progress, Session, Stopped, restored
 from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import Reader, open_dataset
-from trainer.evaluate import evaluate, predict
+from trainer.evaluate import Stopping, evaluate, predict
 from trainer.metrics import BITS, WINDOW_BITS, Metrics, StepTimer, peak_memory_bytes
 from trainer.models.base import ModelInputs, init_dense
 from trainer.optim.base import build_optimizer, plugin, table_update
@@ -77,11 +81,6 @@ class Built:
 
     def metrics(self, *, bits: int = BITS) -> Metrics:
         return Metrics(self.dataset.labels, self.world.device, bits=bits)
-
-    def state(self, *, with_optimizer: bool) -> dict[str, Any]:
-        """What a checkpoint holds: tables and dense weights, and the optimizer's state by parameter name."""
-        state = {"model": self.model.state_dict()}
-        return state | {"optimizer": self.optimizer.state_dict()} if with_optimizer else state
 
 
 def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built:
@@ -143,9 +142,27 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
     )
 
 
-def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
-    """Train to the end and evaluate; the run folder is then as docs/architecture.md lists it. Returns the report."""
-    log = RunLog(run_dir, enabled=world.is_first, tensorboard=config.run.tensorboard)
+def train(config: Config, run_dir: Path, world: World, *, resume: str | None = None) -> dict[str, Any]:
+    """Train to the end and evaluate; the run folder is then as docs/architecture.md lists it. Returns the report.
+
+    resume: go on from a checkpoint: "auto" for the run's newest valid one, or a checkpoint's path.
+    Raises Stopped when a signal has stopped the run and it is saved.
+    """
+    log = None
+    try:
+        note = lock.acquire(run_dir) if world.is_first else None
+        log = RunLog(run_dir, enabled=world.is_first, tensorboard=config.run.tensorboard)
+        if note:
+            log.event("message", level="warning", text=note)
+        return _train(config, run_dir, world, log, resume=resume)
+    finally:
+        if log is not None:
+            log.close()
+        if world.is_first:
+            lock.release(run_dir)
+
+
+def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: str | None) -> dict[str, Any]:
     started = time.time()
     log.event("phase", name="building")
     dataset = open_dataset(config.data.path, config.data.features)
@@ -174,6 +191,14 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
         bayes=bayes.model_dump() if bayes else None,
     )
 
+    total, window = StepTimer(), StepTimer()
+    window_metrics, eval_metrics = built.metrics(bits=WINDOW_BITS), built.metrics()
+    during_reader = built.eval_reader(during) if during and config.eval.every else None
+    final_reader = built.eval_reader(final) if final else None
+    window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank
+    sums = {"window": window_metrics.sums, "window_loss": window_loss}
+    session = Session(built, run_dir, log, steps_per_epoch=reader.steps_per_epoch, metrics=sums)
+    start = session.resume(resume) if resume else Progress()
     pipeline = build_pipeline(
         config.train.pipeline,
         built.model,
@@ -181,53 +206,67 @@ def train(config: Config, run_dir: Path, world: World) -> dict[str, Any]:
         device=world.device,
         schedule=config.optim.schedule,
         clip=config.optim.clip_grad_norm,
+        first_step=start.step,
     )
-    total, window = StepTimer(), StepTimer()
-    window_metrics, eval_metrics = built.metrics(bits=WINDOW_BITS), built.metrics()
-    during_reader = built.eval_reader(during) if during and config.eval.every else None
-    final_reader = built.eval_reader(final) if final else None
-    samples, evaluated = 0, None
-    window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank
+    progress, evaluated = start, None
+    session.agreement.listen()
+
+    def evaluate_now(step: int) -> None:
+        with pipeline.paused():
+            _log_eval(log, built, session, step, during, during_reader, eval_metrics, max_rows=config.eval.max_rows)
+
     built.model.train()
     log.event("phase", name="training")
-    batches = _endless(reader)
+    batches = _endless(reader, start.step)
     try:
-        for step in range(1, steps_total + 1):
+        if during_reader and 0 < start.step < steps_total and not start.evaluated:
+            evaluate_now(start.step)
+        for step in range(start.step + 1, steps_total + 1):
             tick = time.perf_counter()
             loss, logits_BT, batch = pipeline.step(batches)
             window_loss += loss
             window_metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
-            seconds, samples = time.perf_counter() - tick, samples + batch.rows_in_step
-            for timer in (total, window) if step > WARM_UP_STEPS or steps_total <= WARM_UP_STEPS else ():
+            seconds, samples = time.perf_counter() - tick, progress.samples + batch.rows_in_step
+            warm = step - start.step > WARM_UP_STEPS or steps_total - start.step <= WARM_UP_STEPS
+            for timer in (total, window) if warm else ():
                 timer.add(seconds=seconds, samples=batch.rows_in_step, phases=_seconds(pipeline))
+            train_seconds = start.train_seconds + total.seconds
+            progress = Progress(step=step, samples=samples, train_seconds=train_seconds)
 
             if step % config.train.log_every == 0 or step == steps_total:
                 _log_train(log, built, step, samples, reader.steps_per_epoch, window, window_metrics, window_loss)
             if during_reader and step % config.eval.every == 0 and step < steps_total:
-                with pipeline.paused():
-                    _log_eval(log, built, step, during, during_reader, eval_metrics, max_rows=config.eval.max_rows)
-            if config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < steps_total:
-                with pipeline.paused():
-                    _save(log, built, run_dir, step, samples, reader.steps_per_epoch)
+                progress = replace(progress, evaluated=False)
+                with contextlib.suppress(Stopping):
+                    evaluate_now(step)
+                    progress = replace(progress, evaluated=True)
+            if session.after_step(progress) and step < steps_total:
+                raise _stopped(run_dir, result, session, progress)
     finally:
         batches.close()
 
-    with pipeline.paused():
-        _save(log, built, run_dir, steps_total, samples, reader.steps_per_epoch)
+    session.finish(progress)
+    try:
         if final_reader:
-            evaluated = _log_eval(log, built, steps_total, final, final_reader, eval_metrics, final_one=True)
+            with pipeline.paused():
+                evaluated = _log_eval(
+                    log, built, session, steps_total, final, final_reader, eval_metrics, final_one=True
+                )
+    except Stopping:
+        raise _stopped(run_dir, result, session, progress) from None
     result |= {
         "status": "finished",
         "finished": time.time(),
-        "samples_seen": samples,
-        "steps": steps_total,
-        "train": total.summary(),
+        "samples_seen": progress.samples,
+        "steps": progress.step,
+        "train": total.summary() | {"seconds": progress.train_seconds},
         "eval": {"split": final, **evaluated} if evaluated else None,
         "bayes": bayes.model_dump() if bayes else None,
         "memory": _memory(world),
+        "checkpoints": session.saver.totals.as_json(),
+        "resumed": session.resumed,
     }
     log.event("end", status="finished", seconds=time.time() - started)
-    log.close()
     if world.is_first:
         report.write_json(run_dir, result)
         report.write_html(run_dir)
@@ -296,7 +335,6 @@ def _check_labels(dataset: Dataset, doing: str) -> None:
 
 def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) -> Built:
     """The model of a run with the weights of its newest checkpoint, on the run's dataset or another of its columns."""
-    newest = checkpoint.newest(run_dir)
     trained_on = open_dataset(config.data.path, config.data.features)
     folder = Path(dataset) if dataset else config.data.path
     other = trained_on
@@ -304,7 +342,7 @@ def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) 
         other = open_dataset(folder, config.data.features)
         _check_columns(trained_on, config.data.path, other, folder)
     built = build(config, trained_on, folder, world)
-    checkpoint.load(newest, built.state(with_optimizer=False))
+    restored(built.model, place_of(run_dir, config.checkpoint.dir))
     return Built(**{**vars(built), "dataset": other})
 
 
@@ -329,13 +367,13 @@ def _check_columns(trained_on: Dataset, like: Path, other: Dataset, folder: Path
         )
 
 
-def _endless(reader: Reader) -> Iterator[Batch]:
-    """The reader's epochs one after the other, so that the pipeline does not run dry between them."""
-    epoch = 0
+def _endless(reader: Reader, first_step: int) -> Iterator[Batch]:
+    """The reader's epochs one after the other, so that the pipeline does not run dry between them; from a step on."""
+    epoch, step = divmod(first_step, reader.steps_per_epoch)
     while True:
-        with reader.batches(epoch) as batches:
+        with reader.batches(epoch, step) as batches:
             yield from batches
-        epoch += 1
+        epoch, step = epoch + 1, 0
 
 
 def _seconds(pipeline: Pipeline) -> dict[str, float]:
@@ -378,6 +416,7 @@ def _log_train(
 def _log_eval(
     log: RunLog,
     built: Built,
+    session: Session,
     step: int,
     split: str,
     reader: Reader,
@@ -387,31 +426,30 @@ def _log_eval(
     final_one: bool = False,
 ) -> dict[str, Any]:
     log.event("phase", name="evaluating")
-    figures = evaluate(built.model, reader, metrics, world=built.world, max_rows=max_rows)
+    figures = evaluate(built.model, reader, metrics, world=built.world, max_rows=max_rows, stopping=session.stopping)
     shown = {k: v for k, v in figures.items() if k not in ("tasks", "calibration_bins")}
     log.event("eval", step=step, split=split, final=final_one, **shown)
     log.event("phase", name="training")
     return figures
 
 
-def _save(log: RunLog, built: Built, run_dir: Path, step: int, samples: int, steps_per_epoch: int) -> None:
-    log.event("phase", name="saving")
-    position = checkpoint.Position(
-        step=step,
-        epoch=step // steps_per_epoch,
-        samples=samples,
-        world_size=built.world.size,
-        config_sha256=built.config.sha256(),
-        data_fingerprint=built.dataset.fingerprint,
-    )
-    path, size, seconds = checkpoint.save(
-        run_dir / "checkpoints",
-        built.state(with_optimizer=True),
-        position,
-        keep=built.config.train.keep_checkpoints,
-    )
-    log.event("checkpoint", step=step, path=str(path.relative_to(run_dir)), seconds=seconds, bytes=size)
-    log.event("phase", name="training")
+def _stopped(run_dir: Path, result: dict[str, Any], session: Session, progress: Progress) -> Stopped:
+    """The end of a run that a signal has stopped and that is saved; its report says so."""
+    stopped = session.stopped(progress.step)
+    result |= {
+        "status": "interrupted",
+        "error": {"rank": None, "kind": "interrupted", "message": str(stopped)},
+        "finished": time.time(),
+        "samples_seen": progress.samples,
+        "steps": progress.step,
+        "checkpoints": session.saver.totals.as_json(),
+        "resumed": session.resumed,
+    }
+    session.log.event("end", status="interrupted", seconds=time.time() - result["started"])
+    if session.built.world.is_first:
+        report.write_json(run_dir, result)
+        report.write_html(run_dir)
+    return stopped
 
 
 def _memory(world: World) -> dict[str, Any]:

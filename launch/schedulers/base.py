@@ -40,7 +40,7 @@ class Scheduler(Protocol):
         """What the job's agent, not its ranks, has printed so far, line by line."""
 
     def cancel(self, id: str) -> None:
-        """Stop the job: SIGTERM to every rank, time to save (GRACE_SECONDS in launch/agent.py), then SIGKILL.
+        """Stop the job: SIGTERM to every rank, time to save (`job.grace` seconds), then SIGKILL.
 
         Returns when nothing of it is left, or when the scheduler has taken the order. Harmless after the end.
         """

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ _ROLE = "trainer"
 class Scheduler:
     def __init__(self) -> None:
         self._runner: Any = None
+        self._job: Job | None = None
 
     def request(self, job: Job) -> str:
         env = "".join(f"  {key}={shlex.quote(value)}\n" for key, value in sorted(job.env.items()))
@@ -44,7 +46,7 @@ class Scheduler:
             env=dict(job.env),
             num_replicas=job.nodes,
         )
-        self._runner = get_runner()
+        self._runner, self._job = get_runner(), job
         with _signal_handlers_kept():
             return self._runner.run(specs.AppDef(name=job.name, roles=[role]), "local_cwd", {"log_dir": str(job.logs)})
 
@@ -71,7 +73,17 @@ class Scheduler:
             _only_full(error)
 
     def cancel(self, id: str) -> None:
-        self._runner.cancel(id)
+        """TorchX kills the agent 10 s after its SIGTERM, which may be too short to save; so the agent is told first."""
+        assert self._job is not None
+        try:
+            os.kill(int((self._job.logs / "agent.pid").read_text()), signal.SIGTERM)
+            end = time.monotonic() + self._job.grace
+            while not self.status(id).final and time.monotonic() < end:
+                time.sleep(0.1)
+        except (OSError, ValueError):  # it has ended, or has not begun
+            pass
+        finally:
+            self._runner.cancel(id)
 
 
 def _only_full(error: OSError) -> None:

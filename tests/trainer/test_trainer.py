@@ -10,8 +10,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from kernels.errors import UserError
 from tests.ranks import run_ranks
-from trainer import checkpoint
 from trainer import config as configs
+from trainer.checkpoint.place import Place
 from trainer.data.parquet import open_dataset
 from trainer.trainer import build, evaluate_run, predict_run, train
 from trainer.world import World
@@ -67,8 +67,9 @@ def make_config(data, run_dir, **sections):
             "schedule": {"warmup_steps": 5},
             "clip_grad_norm": 10.0,
         },
-        "train": {"batch_size": 64, "epochs": 2, "log_every": 10, "checkpoint_every": 20},
+        "train": {"batch_size": 64, "epochs": 2, "log_every": 10},
         "eval": {"every": 15},
+        "checkpoint": {"every_steps": 20},
     }
     for section, changes in sections.items():
         values[section] = {k: v for k, v in (values[section] | changes).items() if v is not None}
@@ -133,7 +134,7 @@ def test_the_events(trained):
     assert by_kind["eval"][0]["rows"] == ROWS["valid"]
     assert [e["step"] for e in by_kind["checkpoint"]] == [20, 40, 48]
     assert events[-1]["event"] == "end" and events[-1]["status"] == "finished"
-    assert [p.name for p in checkpoint.found(run_dir / "checkpoints")] == ["step_40", "step_48"]
+    assert Place(run_dir / "checkpoints").names() == ["step_40", "step_48"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -172,7 +173,7 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks(data, tmp_path):
     losses = {}
     for world_size, pipeline in ((1, "plain"), (1, "overlapped"), (2, "overlapped"), (4, "overlapped")):
         run_dir = tmp_path / f"{world_size}{pipeline}"
-        train = {"pipeline": pipeline, "checkpoint_every": None}
+        train = {"pipeline": pipeline}
         make_config(data, run_dir, optim=sgd, train=train, eval={"max_rows": 100})
         run_ranks(run, world_size, run_dir)
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,198 @@
+"""When and how a run saves.
+
+    saver = Saver(place, config.checkpoint, world, log)
+    saver.due(step)                      whether the config asks for one after this step
+    saver.save(parts, about, ...)        copies into host buffers and writes in the background, or writes at once
+    saver.poll()                         takes note of a background save that has ended
+    saver.wait()                         until nothing is being written
+
+A periodic save that fails (a full disk, a file system that is gone) is a warning: the run goes on and the checkpoints
+before it stay.  One that the run ends with raises.
+"""
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kernels.errors import UserError
+from trainer.checkpoint import storage
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.place import Place, step_of
+from trainer.checkpoint.storage import Part
+from trainer.config import Checkpoint
+from trainer.runlog import RunLog
+from trainer.world import World
+
+SPARE_BYTES = 16 << 20  # left free on the disk beside a checkpoint: for the run's own files
+LONGEST_SAVE = timedelta(hours=12)  # how long a rank may wait for the slowest writer; a dead one is noticed at once
+
+
+@dataclass
+class Totals:
+    """What saving has cost the run so far, for report.json."""
+
+    saved: int = 0
+    failed: int = 0
+    bytes: int = 0
+    pause_seconds: float = 0.0  # the steps stood still
+    background_seconds: float = 0.0  # written beside the steps
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+class Saver:
+    def __init__(self, place: Place, config: Checkpoint, world: World, log: RunLog) -> None:
+        self.place, self.config, self.world, self.log = place, config, world, log
+        self.totals = Totals()
+        # Its own group: the background thread's collectives must not mix with the step's.
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
+        self._buffers: dict[Any, torch.Tensor] = {}
+        self._running: _Save | None = None
+
+    def due(self, step: int) -> bool:
+        return bool(self.config.every_steps) and step % self.config.every_steps == 0
+
+    def save(
+        self, parts: Sequence[Part], manifest: Callable[[dict, dict], Manifest], *, step: int, must: bool = False
+    ) -> None:
+        """Save; all ranks together.
+
+        manifest(files, tensors): what describes the checkpoint, called on rank 0 when the files are written.
+        must: write at once, straight from the run's tensors, and raise UserError when that fails.
+        """
+        self.wait()
+        started = time.perf_counter()
+        save = _Save(parts, manifest, f"step_{step}")
+        if must or not self.config.background:
+            self._write(save)
+            save.pause_seconds = time.perf_counter() - started
+            self._note(save, raising=must)
+            return
+        save.parts = self._staged(parts)
+        save.pause_seconds = time.perf_counter() - started
+        save.thread = threading.Thread(target=self._write, args=(save,), name="tablemesh-checkpoint", daemon=True)
+        self._running = save
+        save.thread.start()
+
+    def poll(self) -> None:
+        if self._running is not None and self._running.thread is not None and not self._running.thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        if self._running is not None:
+            save, self._running = self._running, None
+            assert save.thread is not None
+            save.thread.join()
+            self._note(save, raising=False)
+
+    def _staged(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts with copies in host memory, whose buffers are used again at the next save."""
+        staged = []
+        with torch.no_grad():
+            for part in parts:
+                key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
+                if key not in self._buffers:
+                    pinned = part.tensor.device.type == "cuda"
+                    self._buffers[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
+                staged.append(replace(part, tensor=self._buffers[key].copy_(part.tensor, non_blocking=True)))
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)
+        return staged
+
+    def _write(self, save: "_Save") -> None:
+        """On all ranks, in the background thread or in the main one."""
+        started = time.perf_counter()
+        try:
+            self._check_space(save)
+            save.manifest = storage.write(save.parts, self.place, save.name, save.about, group=self._group)
+            if self.world.is_first:
+                self._prune()
+        except Exception as error:  # for `_note`, on the main thread
+            save.error = error
+        save.seconds = time.perf_counter() - started
+
+    def _check_space(self, save: "_Save") -> None:
+        """UserError, on all ranks, when the place has less room than the checkpoint needs."""
+        mine = sum(part.nbytes for part in save.parts if part.table or self.world.is_first)
+        sizes = torch.tensor([mine, 0])
+        if self.world.is_first and (free := self.place.free_bytes()) is not None:
+            sizes[1] = max(1, free)
+        dist.all_reduce(sizes, group=self._group)
+        need, free = sizes.tolist()
+        if free and free < need + SPARE_BYTES:
+            raise UserError(
+                f"a checkpoint of {_mib(need)} needs that much and {_mib(SPARE_BYTES)} more, but {_mib(free)} are free "
+                f"in {self.place}; make room, keep fewer (checkpoint.keep), or set checkpoint.dir to another disk"
+            )
+
+    def _prune(self) -> None:
+        names = self.place.names()
+        every = self.config.keep_every
+        for name in names[: -self.config.keep]:
+            if not (every and step_of(name) % every == 0):
+                self.place.remove(name)
+
+    def _note(self, save: "_Save", *, raising: bool) -> None:
+        """Log how a save went, add it up; an error is raised or becomes a warning."""
+        background = save.thread is not None
+        self.totals.pause_seconds += save.pause_seconds
+        self.totals.background_seconds += save.seconds if background else 0.0
+        if save.error is None:
+            self.totals.saved += 1
+            if save.manifest is not None:
+                self.totals.bytes += save.manifest.bytes
+                self.log.event(
+                    "checkpoint",
+                    step=step_of(save.name),
+                    path=self.place.path(save.name),
+                    delta=save.manifest.kind == "delta",
+                    seconds=save.seconds,
+                    pause_seconds=save.pause_seconds,
+                    background=background,
+                    bytes=save.manifest.bytes,
+                )
+            return
+        self.totals.failed += 1
+        message = self._message(save)
+        if raising:
+            raise UserError(message) from save.error
+        self.log.event("message", level="warning", text=f"{message}; training goes on")
+
+    def _message(self, save: "_Save") -> str:
+        error = save.error
+        what = f"{self.place.path(save.name)}: the checkpoint could not be written"
+        if isinstance(error, UserError):
+            return f"{what}: {error}"
+        if not isinstance(error, OSError):
+            return f"{what}: {type(error).__name__}: {error}"
+        free = self.place.free_bytes()
+        room = f" ({_mib(free)} free)" if free is not None and error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        whole = len(self.place.names())
+        return (
+            f"{what}: {error.strerror or error}{room}; nothing is left of it, and the {whole} finished "
+            f"checkpoint{'' if whole == 1 else 's'} in {self.place} {'is' if whole == 1 else 'are'} whole"
+        )
+
+
+@dataclass
+class _Save:
+    parts: Sequence[Part]
+    about: Callable[[dict, dict], Manifest]
+    name: str
+    thread: threading.Thread | None = None
+    manifest: Manifest | None = None
+    error: Exception | None = None
+    pause_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

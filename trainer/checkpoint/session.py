@@ -1,0 +1,177 @@
+"""A training run's dealings with its checkpoints, on every rank: resume, save when it is time, stop when told to.
+
+session = Session(built, run_dir, log, metrics=...)
+start = session.resume("auto")                step, samples, seconds to go on from; zeros for a new run
+for step in ...:
+    if session.after_step(step, ...): raise session.stopped(step)
+session.finish(step, ...)
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import config as configs
+from trainer.checkpoint import restore, state
+from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
+from trainer.checkpoint.files import Files
+from trainer.checkpoint.manifest import Manifest, Position
+from trainer.checkpoint.saver import Saver
+from trainer.runlog import RunLog
+
+
+class Stopped(Exception):
+    """The run was told to stop, and can go on from the checkpoint of `step`."""
+
+    def __init__(self, step: int, by: str) -> None:
+        super().__init__(f"stopped by {by} after the checkpoint of step {step}; --resume auto goes on from there")
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run has done: the position in its data follows from `step`."""
+
+    step: int = 0
+    samples: int = 0
+    train_seconds: float = 0.0  # the sum over the parts of a resumed run
+    evaluated: bool = True  # false: the evaluation that was due after this step was cut short
+
+
+class Session:
+    """built: trainer.trainer.Built.  metrics: sums that are added over the ranks, part of the state; by name."""
+
+    def __init__(
+        self, built: Any, run_dir: Path, log: RunLog, *, steps_per_epoch: int, metrics: Mapping[str, Tensor]
+    ) -> None:
+        self.built, self.log, self.metrics = built, log, metrics
+        self.steps_per_epoch = steps_per_epoch
+        config, world = built.config, built.world
+        self.place = restore.place_of(run_dir, config.checkpoint.dir)
+        self.saver = Saver(self.place, config.checkpoint, world, log)
+        self.agreement = Agreement(world, every_minutes=config.checkpoint.every_minutes)
+        self.resumed: dict[str, Any] | None = None  # for report.json
+        self._wanted = NOTHING
+        self._last_saved: int | None = None  # step
+
+    def resume(self, where: str) -> Progress:
+        """Load what `where` names ("auto", or a checkpoint's path); says what it took and what it passed over."""
+        harmless: list[str] = []
+
+        def check(manifest: Manifest) -> None:
+            saved = configs.validate(configs.Config, tomllib.loads(manifest.config), where="the checkpoint's config")
+            fingerprint = self.built.dataset.fingerprint
+            harmless[:] = restore.check_same(
+                manifest, saved, self.built.config, fingerprint, where=f"step_{manifest.position.step}"
+            )
+
+        def load(files: Files) -> None:
+            state.load(self.built.model, self.built.optimizer, files)
+
+        chosen = restore.resume(where, self.place, load, check)
+        for reason in chosen.passed_over:
+            self.log.event("message", level="warning", text=f"passed over {reason}")
+        if chosen.files is None:
+            self.log.event("message", level="info", text=f"no checkpoint in {self.place}: starting from the beginning")
+            return Progress()
+        manifest, world = chosen.files.manifest, self.built.world
+        position = manifest.position
+        if where == restore.AUTO or chosen.files.place.where == self.place.where:
+            self._set_aside(position.step)
+        exact = state.load_own(self.built.model, world.rank, world.size, self.metrics, chosen.files)
+        texts = [f"going on from {chosen.files.place.path(chosen.files.name)}, after {position.step} steps"]
+        if not exact:
+            texts.append(
+                f"it was written by {position.world_size} ranks, these are {world.size}: the same samples in the same "
+                "order; sums are taken in another order, and random number generators (dropout) start anew"
+            )
+        texts += [f"changed since: {text}" for text in harmless]
+        for text in texts:
+            self.log.event("message", level="info", text=text)
+        path = chosen.files.place.path(chosen.files.name)
+        self.log.event("resume", step=position.step, path=path, passed_over=list(chosen.passed_over))
+        self.resumed = {
+            "step": position.step,
+            "path": path,
+            "world_size": position.world_size,
+            "passed_over": list(chosen.passed_over),
+            "changed": harmless,
+        }
+        self._last_saved = position.step
+        return Progress(step=position.step, samples=position.samples, **manifest.values)
+
+    def _set_aside(self, step: int) -> None:
+        """Later checkpoints belong to a history that this run now leaves; "auto" must not go on from them."""
+        if self.built.world.is_first:
+            for name in restore.set_aside_after(self.place, step):
+                self.log.event(
+                    "message", level="info", text=f"set aside {name}: it is later than where this run goes on"
+                )
+
+    def stopping(self) -> bool:
+        """Whether the ranks have agreed to stop.  All call it together: after every step and every batch evaluated."""
+        self._wanted = max(self._wanted, self.agreement.after_step())
+        return self._wanted == STOP
+
+    def after_step(self, progress: Progress) -> bool:
+        """Save if it is time; True when the run has to stop, and is saved."""
+        self.saver.poll()
+        if self.stopping():
+            self._save(progress, must=True)
+            return True
+        if self._wanted == SAVE or self.saver.due(progress.step):
+            self._save(progress, must=False)
+        return False
+
+    def finish(self, progress: Progress) -> None:
+        """The checkpoint of the end of the training, whole on the disk when this returns."""
+        self._save(progress, must=True)
+
+    def stopped(self, step: int) -> Stopped:
+        return Stopped(step, self.agreement.stopped_by or "a signal to another rank")
+
+    def _save(self, progress: Progress, *, must: bool) -> None:
+        self._wanted = min(self._wanted, NOTHING) if self._wanted == SAVE else self._wanted
+        self.saver.wait()
+        if must and self._last_saved == progress.step and f"step_{progress.step}" in self._names():
+            return
+        self.log.event("phase", name="saving")
+        built = self.built
+        parts = state.parts_of(built.model, built.optimizer)
+        parts += state.own_parts(built.model, built.world.rank, self.metrics)
+        self.saver.save(parts, self._manifest(progress), step=progress.step, must=must)
+        self._last_saved = progress.step
+        self.agreement.saved()
+        self.log.event("phase", name="training")
+
+    def _names(self) -> list[str]:
+        box = [self.place.names() if self.built.world.is_first else None]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0] or []
+
+    def _manifest(self, progress: Progress) -> Any:
+        built = self.built
+        position = Position(
+            step=progress.step,
+            epoch=progress.step // self.steps_per_epoch,
+            samples=progress.samples,
+            world_size=built.world.size,
+            config_sha256=built.config.sha256(),
+            data_fingerprint=built.dataset.fingerprint,
+        )
+        values = {"train_seconds": progress.train_seconds, "evaluated": progress.evaluated}
+        return lambda files, tensors: Manifest(
+            position=position, config=built.config.to_toml(), values=values, files=files, tensors=tensors
+        )
+
+
+def restored(model: Any, place: Any) -> Position:
+    """Fill a model's weights from the newest whole checkpoint, for evaluation and prediction."""
+    files = restore.newest(place)
+    state.load(model, None, files)
+    return files.manifest.position
