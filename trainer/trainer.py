@@ -199,6 +199,11 @@ def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: 
     sums = {"window": window_metrics.sums, "window_loss": window_loss}
     session = Session(built, run_dir, log, steps_per_epoch=reader.steps_per_epoch, metrics=sums)
     start = session.resume(resume) if resume else Progress()
+    if start.step > steps_total:
+        raise UserError(
+            f"the checkpoint was taken after {start.step} steps, but the config asks for {steps_total} in all "
+            "(train.max_steps, or train.epochs); raise them, or resume from an earlier checkpoint"
+        )
     pipeline = build_pipeline(
         config.train.pipeline,
         built.model,
