@@ -130,6 +130,10 @@ def train(
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the config's name.")] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan.json, of a run or of `tablemesh plan --out`, to take as it is."),
+    ] = None,
     scheduler: Annotated[str, typer.Option(help="Where to run: a kind in launch/schedulers/.")] = "local",
     module: Annotated[
         str, typer.Option(hidden=True, help="What each rank runs: `python -m MODULE JOB.json`.")
@@ -143,6 +147,10 @@ def train(
 
     console = _console(as_json)
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
+    if plan_file is not None:
+        if not plan_file.is_file():
+            raise UserError(f"--plan {plan_file}: no such file; `tablemesh plan {config} --out {plan_file}` writes one")
+        overrides.append(f"plan.file={json.dumps(str(plan_file))}")
     run_dir = None
     if config.is_dir():
         run_dir = rundir.find(config)
@@ -198,6 +206,58 @@ def train(
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml.")],
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: this machine, train.nproc ranks."),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="A dataset.json, or its folder, where the data is not at data.path.")
+    ] = None,
+    hbm: Annotated[str | None, typer.Option(help="Device memory of each rank to use, such as 60GiB.")] = None,
+    host_mem: Annotated[str | None, typer.Option(help="Memory of each host to use for tables, such as 500GiB.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="TOML with [profiles.NAME] of clusters.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan there, for `train --plan`.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two of: auto, a sharding type, a plan.json, a cluster."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the config; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where the tables would go on a cluster, whether they fit, and what a step would take; exit code 1 if not."""
+    from launch import plan as plans
+    from launch import plan_view
+    from trainer import config as configs
+    from trainer import report as reports
+
+    resolved = configs.load(config, set_ or [])
+    asked = plans.make(resolved, dataset=dataset, cluster=cluster, hbm=hbm, host_mem=host_mem, profiles=profiles)
+    console = _console(as_json)
+    if compare is not None:
+        sides = plans.compare(asked, *compare)
+        if as_json:
+            print_json(sides)
+        else:
+            plan_view.show_comparison(sides, console)
+        return
+    found = plans.answer(asked)
+    if out is not None and found["feasible"]:
+        if not out.resolve().parent.is_dir():
+            raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        reports.write_json(out.resolve().parent, found["plan"], name=out.name)
+    if as_json:
+        print_json(found)
+    else:
+        plan_view.show(found, console)
+    if not found["feasible"]:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

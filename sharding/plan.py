@@ -1,7 +1,9 @@
 """Which rank holds which part of which table: from tables to TorchRec's ShardingPlan, and to plan.json.
 
-    make_plan(task, ...) -> ShardingPlan        a table with an explicit `sharding` has it, "auto" is TorchRec's choice
-    describe(plan, task, ...) -> dict           the plan as plan.json has it
+    plan_task(task, ...) -> Planned             planned by sharding/planner.py, or read from an earlier plan.json
+    make_plan(task, ...) -> ShardingPlan        the plan alone
+    describe(plan, embeddings, ...) -> dict     a plan as plan.json has it
+    from_file(path, ...) -> ShardingPlan        and back
 
 The seven sharding types, for a table of E rows and D columns on W ranks, L of them on each of W / L hosts:
 
@@ -17,30 +19,31 @@ A column part has at least 4 columns, and a multiple of 4 (FBGEMM's rule).  A ro
 CPU kernel takes a part without rows for a feature of the next table, with that table's dim wrong.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from kernels.errors import UserError
-from sharding import topology
+from sharding import planner, topology
+from sharding.cost import Choice, DenseWork, Kind, TableLoad, Work
 from sharding.embeddings import Embeddings, stored_dim
+from sharding.planner import Limits, Rule, Solution
+from sharding.skew import Skew
 from sharding.tables.base import SHARDING_TYPES, Table
 
-# What "auto" may become.  Not data_parallel, whose gradient is as large as the table, and not grid_shard, which
-# TorchRec does not propose on its own.
-AUTO_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise")
 MIN_COLUMNS = 4
-RESERVED_SHARE = 0.15  # of each rank's memory, kept free of tables: activations, ids on their way, the dense layers
+COLLECTION = "embeddings.ebc"  # of the EmbeddingBagCollection in a task
+TIER_KERNELS = {"device": "fused", "cache": "fused_uvm_caching", "host": "fused_uvm"}
 
 
 class AllTypesSharder(EmbeddingBagCollectionSharder):
@@ -53,8 +56,25 @@ class AllTypesSharder(EmbeddingBagCollectionSharder):
         return list(SHARDING_TYPES)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        kernel = EmbeddingComputeKernel.DENSE if sharding_type == "data_parallel" else EmbeddingComputeKernel.FUSED
-        return [kernel.value]
+        if sharding_type == "data_parallel":
+            return [EmbeddingComputeKernel.DENSE.value]
+        return list(TIER_KERNELS.values()) if compute_device_type == "cuda" else [EmbeddingComputeKernel.FUSED.value]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a feature's ids.  ids_per_bag: mean.  skew: over the rows of its table, where it is known."""
+
+    ids_per_bag: float = 1.0
+    skew: Skew | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """sharding: what TorchRec takes.  described: what plan.json says."""
+
+    sharding: ShardingPlan
+    described: dict[str, Any]
 
 
 def make_plan(
@@ -66,49 +86,279 @@ def make_plan(
     batch_size: int,
     ids_per_bag: Mapping[str, float] | None = None,
 ) -> ShardingPlan:
-    """The plan of the Embeddings inside `task` (a module still on the meta device).
+    """The plan of the Embeddings inside `task` (a module still on the meta device) on this machine.
 
     batch_size: rows per rank and step.  ids_per_bag: mean number of ids of each feature; 1 where not given.
     With a process group, rank 0 plans and all ranks return its plan.
     Raises UserError, naming the table, when its sharding does not fit its dim or the ranks, or when memory is short.
     """
     assert world_size % local_world_size == 0
+    cluster = topology.detect(world_size=world_size, local_world_size=local_world_size, device=device.type)
+    work = work_of(
+        embeddings_of(task),
+        batch_size=batch_size * world_size,
+        figures={name: Figures(ids_per_bag=n) for name, n in (ids_per_bag or {}).items()},
+    )
+    return plan_task(task, work, cluster).sharding
 
-    def plan() -> ShardingPlan:
-        embeddings = embeddings_of(task)
-        _check_rows(embeddings.physical, world_size, local_world_size)
-        constraints = {
-            t.name: _constraints(t, world_size, local_world_size, ids_per_bag or {}) for t in embeddings.physical
-        }
-        found = topology.detect(world_size=world_size, local_world_size=local_world_size, device=device)
-        enumerator = _OrderedEnumerator(topology=found, batch_size=batch_size, constraints=constraints)
-        planner = EmbeddingShardingPlanner(
-            topology=found,
-            batch_size=batch_size,
-            constraints=constraints,
-            enumerator=enumerator,
-            stats=[],
-            storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
-            debug=False,
-        )
-        try:
-            return planner.plan(task, [AllTypesSharder()])
-        except PlannerError as error:
-            raise UserError(_no_plan(embeddings, world_size, found, error)) from error
+
+def plan_task(
+    task: nn.Module,
+    work: Work,
+    cluster: topology.Topology,
+    *,
+    constraints: Sequence[tuple[Sequence[str], Rule]] = (),
+    limits: Limits = Limits(),
+    file: Path | None = None,
+) -> Planned:
+    """The plan of `task` and what plan.json says about it.
+
+    work: from `work_of`.  constraints: (table names or patterns, rule) beside the tables' own `sharding`.
+    file: a plan.json to take instead of planning.  With a process group, rank 0 plans and all ranks return its plan.
+    """
+    embeddings = embeddings_of(task)
+
+    def plan() -> Planned:
+        if file is not None:
+            sharding = from_file(file, embeddings, cluster)
+            loads = {t.name: t for t in work.tables}
+            words = f"as {file} says"
+            return Planned(
+                sharding, describe(sharding, embeddings, world_size=cluster.world_size, loads=loads, planner=words)
+            )
+        rules = rules_of(embeddings, cluster, constraints)
+        solution = planner.solve(work, cluster, rules=rules, limits=limits)
+        return Planned(to_torchrec(solution, embeddings), describe_solution(solution, embeddings))
 
     if dist.is_initialized() and dist.get_world_size() > 1:
         return _on_rank_0(plan)
     return plan()
 
 
-def describe(plan: ShardingPlan, task: nn.Module, *, world_size: int, state_bytes_per_row: Any = None) -> dict:
+def describe_solution(solution: Solution, embeddings: Embeddings) -> dict[str, Any]:
+    """plan.json of a plan of our planner, with what it is predicted to take."""
+    described = describe(
+        to_torchrec(solution, embeddings),
+        embeddings,
+        world_size=solution.prices.topology.world_size,
+        loads={t.name: t for t in solution.prices.tables},
+        planner=said(solution, sum(t.sharding == "auto" for t in embeddings.physical)),
+    )
+    return described | predicted(solution)
+
+
+def work_of(
+    embeddings: Embeddings,
+    *,
+    batch_size: int,
+    figures: Mapping[str, Figures] | None = None,
+    dense: DenseWork = DenseWork(),
+    state_bytes_per_row: Callable[[int], int] | None = None,
+    overlapped: bool = True,
+    bf16: bool = False,
+) -> Work:
+    """What the planner prices: the physical tables with the ids that reach them, and the dense work.
+
+    batch_size: global.  figures: by logical feature.  state_bytes_per_row: (columns) -> bytes of optimizer state of a
+    row, linear in the columns; that of row-wise Adagrad when None.
+    """
+    figures = figures or {}
+    per_row = state_bytes_per_row or (lambda columns: 4)
+    per_column = (per_row(8) - per_row(4)) / 4
+    sources = embeddings.id_map.sources if embeddings.id_map is not None else {}
+    tables = []
+    for table in embeddings.physical:
+        known = []
+        for name in table.features:
+            source = sources.get(name)
+            known.append(
+                (figures.get(source.feature if source else name, Figures()), source is None or source.ids is None)
+            )
+        ids = [max(1e-3, f.ids_per_bag) for f, _ in known]
+        busiest, plain = known[ids.index(max(ids))]
+        skew = busiest.skew if plain and busiest.skew is not None and busiest.skew.rows == table.rows else None
+        tables.append(
+            TableLoad(
+                name=table.name,
+                rows=table.rows,
+                dim=stored_dim(table.dim),
+                bags=len(table.features),
+                ids=sum(ids),
+                state_per_row=per_row(4) - 4 * per_column,
+                state_per_column=per_column,
+                skew=skew,
+            )
+        )
+    return Work(tables=tuple(tables), batch_size=batch_size, dense=dense, overlapped=overlapped, bf16=bf16)
+
+
+def rules_of(
+    embeddings: Embeddings, cluster: topology.Topology, constraints: Sequence[tuple[Sequence[str], Rule]] = ()
+) -> dict[str, Rule]:
+    """The planner's rules: the tables' own `sharding`, and the constraints."""
+    world, local = cluster.world_size, cluster.ranks_per_host
+    _check_rows(embeddings.physical, world, local)
+    own = {}
+    for t in embeddings.physical:
+        if t.sharding != "auto":
+            columns = _columns_per_shard(t, world, local)
+            parts = None if columns is None else stored_dim(t.dim) // columns
+            asked = f"tables: sharding = {t.sharding!r}"
+            own[t.name] = Rule(shardings=frozenset([t.sharding]), column_parts=parts, said=asked)
+    return planner.rules_from([t.name for t in embeddings.physical], constraints, own)
+
+
+def to_torchrec(solution: Solution, embeddings: Embeddings) -> ShardingPlan:
+    """An ordinary TorchRec plan of the collection inside `embeddings`."""
+    prices = solution.prices
+    cluster = prices.topology
+    placed = EmbeddingModuleShardingPlan()
+    for table, choice in zip(embeddings.physical, solution.choices, strict=True):
+        kind = prices.kinds[choice.kind].kind
+        parts = [(rank, *extent) for rank, extent in zip(choice.ranks, _extents(table, kind, choice), strict=True)]
+        placed[table.name] = _parameter(kind.sharding, kind.tier, kind.cache_share, parts, cluster)
+    return ShardingPlan({COLLECTION: placed})
+
+
+def _extents(table: Table, kind: Kind, choice: Choice) -> list[tuple[int, int, int, int]]:
+    """(first row, end, first column, end) of every part, in the order of `Choice.ranks`."""
+    if kind.sharding == "data_parallel":
+        return [(0, table.rows, 0, stored_dim(table.dim))] * len(choice.ranks)
+    columns, block = stored_dim(table.dim) // kind.column_parts, -(-table.rows // kind.row_parts)
+    return [
+        (i * block, min(table.rows, (i + 1) * block), c * columns, (c + 1) * columns)
+        for c in range(kind.column_parts)
+        for i in range(kind.row_parts)
+    ]
+
+
+def _parameter(
+    sharding: str,
+    tier: str,
+    cache_share: float,
+    parts: Sequence[tuple[int, int, int, int, int]],
+    cluster: topology.Topology,
+) -> ParameterSharding:
+    """parts: (rank, first row, end, first column, end)."""
+    ranks = [part[0] for part in parts]
+    if sharding == "data_parallel":
+        return ParameterSharding(sharding_type=sharding, compute_kernel="dense", ranks=ranks, sharding_spec=None)
+    shards = [
+        ShardMetadata(
+            shard_offsets=[r0, c0],
+            shard_sizes=[r1 - r0, c1 - c0],
+            placement=f"rank:{rank}/{_device(cluster, rank)}",
+        )
+        for rank, r0, r1, c0, c1 in parts
+    ]
+    return ParameterSharding(
+        sharding_type=sharding,
+        compute_kernel=TIER_KERNELS[tier],
+        ranks=ranks,
+        sharding_spec=EnumerableShardingSpec(shards),
+        cache_params=CacheParams(load_factor=cache_share) if tier == "cache" else None,
+    )
+
+
+def _device(cluster: topology.Topology, rank: int) -> str:
+    return f"cuda:{rank % cluster.ranks_per_host}" if cluster.device == "cuda" else "cpu"
+
+
+def said(solution: Solution, auto: int) -> str:
+    """How the plan came about, in a sentence."""
+    prices = solution.prices
+    tables = len(prices.tables)
+    reached = (
+        "no plan is faster by this cost model" if solution.proved
+        else f"within {100 * solution.gap:.1f}% of the best possible by this cost model"
+    )  # fmt: skip
+    return (
+        f"tablemesh's planner for {prices.topology.title}; {auto} of {tables} tables by its choice, the others as the "
+        f"config says; {reached}"
+    )
+
+
+def predicted(solution: Solution) -> dict[str, Any]:
+    """What plan.json says about the price of the plan."""
+    step = solution.load.step_seconds
+    return {
+        "cluster": solution.prices.topology.title,
+        "predicted": {
+            "step_ms": 1e3 * step,
+            "samples_per_second": solution.prices.work.batch_size / step,
+            "table_and_state_bytes": [int(n) for n in solution.load.device[:2].sum(0) + solution.load.host[:2].sum(0)],
+            "rank_bytes": [int(n) for n in solution.load.rank_bytes],
+            "rank_step_ms": [1e3 * float(n) for n in solution.load.rank_seconds],
+        },
+        "bound": {"step_ms": 1e3 * solution.bound},
+        "gap": solution.gap,
+    }
+
+
+def from_file(path: Path, embeddings: Embeddings, cluster: topology.Topology) -> ShardingPlan:
+    """The plan of a plan.json.  UserError where it is none, or of other tables, another number of ranks or hosts."""
+    try:
+        found = json.loads(Path(path).read_text())
+        tables = {t["name"]: t for t in found["tables"]}
+        world = found["world_size"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a plan.json ({error}); `tablemesh plan CONFIG --out FILE` writes one") from error
+    if world != cluster.world_size:
+        raise UserError(
+            f"{path}: a plan for {world} ranks, but there are {cluster.world_size}; plan again, or use {world} ranks"
+        )
+    ours = {t.name: t for t in embeddings.physical}
+    odd = sorted(set(ours) ^ set(tables))
+    if odd:
+        raise UserError(f"{path}: has other tables than this model; they differ in {', '.join(odd[:8])}; plan again")
+    placed = EmbeddingModuleShardingPlan()
+    for name, table in ours.items():
+        entry = tables[name]
+        try:
+            size, sharding, tier = (entry["rows"], entry["dim"]), entry["sharding"], entry.get("tier", "device")
+            parts = [(s["rank"], *s["rows"], *s["cols"]) for s in entry["shards"]]
+            share = float(entry.get("cache_share", 0.0))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: table {name!r} is broken: {error!r}; plan again") from error
+        if size != (table.rows, table.dim):
+            raise UserError(
+                f"{path}: table {name!r} has {size[0]} rows of {size[1]} there, and {table.rows} of {table.dim} in "
+                "this model; plan again"
+            )
+        _check_parts(path, table, sharding, parts, world)
+        tier = "device" if cluster.device == "cpu" else tier
+        placed[name] = _parameter(sharding, tier, share, parts, cluster)
+    return ShardingPlan({COLLECTION: placed})
+
+
+def _check_parts(path: Path, table: Table, sharding: str, parts: Sequence[tuple[int, ...]], world: int) -> None:
+    """UserError unless the parts are on ranks there are and cover the table once (data_parallel: on every rank)."""
+    wrong = sharding not in SHARDING_TYPES or any(len(p) != 5 or not 0 <= p[0] < world for p in parts)
+    if not wrong:
+        cells = sum((r1 - r0) * (c1 - c0) for _, r0, r1, c0, c1 in parts)
+        copies = world if sharding == "data_parallel" else 1
+        inside = all(
+            0 <= r0 < r1 <= table.rows and 0 <= c0 < c1 <= stored_dim(table.dim) for _, r0, r1, c0, c1 in parts
+        )
+        apart = sharding == "data_parallel" or len({(p[1], p[3]) for p in parts}) == len(parts)
+        wrong = not inside or not apart or cells != copies * table.rows * stored_dim(table.dim)
+    if wrong:
+        raise UserError(
+            f"{path}: the parts of table {table.name!r} ({sharding}) do not cover its {table.rows} x "
+            f"{stored_dim(table.dim)} once on ranks 0 to {world - 1}; plan again"
+        )
+
+
+def describe(
+    plan: ShardingPlan, embeddings: Embeddings, *, world_size: int, loads: Mapping[str, TableLoad], planner: str
+) -> dict:
     """The plan as plan.json has it.
 
-    state_bytes_per_row: (dim) -> bytes of optimizer state of a row of a shard of `dim` columns; None counts none.
+    loads: by table, for the optimizer's state.  planner: how the plan came about.
     A data_parallel table has one whole shard on every rank.
     """
-    embeddings = embeddings_of(task)
-    per_row = state_bytes_per_row or (lambda dim: 0)
     placed = _module_plan(plan)
     ranks = [{"rank": r, "device": "", "table_bytes": 0, "optimizer_bytes": 0} for r in range(world_size)]
     tables = []
@@ -123,7 +373,8 @@ def describe(plan: ShardingPlan, task: nn.Module, *, world_size: int, state_byte
             ]
         entries, optimizer_bytes = [], 0
         for rank, device, (r0, r1, c0, c1) in shards:
-            size, state = 4 * (r1 - r0) * (c1 - c0), (r1 - r0) * per_row(c1 - c0)
+            of_row = loads[t.name].state_per_row + (c1 - c0) * loads[t.name].state_per_column
+            size, state = 4 * (r1 - r0) * (c1 - c0), round((r1 - r0) * of_row)
             entries.append({"rank": rank, "rows": [r0, r1], "cols": [c0, c1], "bytes": size})
             ranks[rank]["table_bytes"] += size
             ranks[rank]["optimizer_bytes"] += state
@@ -137,6 +388,8 @@ def describe(plan: ShardingPlan, task: nn.Module, *, world_size: int, state_byte
                 "features": list(t.features),
                 "kind": embeddings.logical[t.name].kind,
                 "sharding": sharding.sharding_type,
+                "tier": next((k for k, v in TIER_KERNELS.items() if v == sharding.compute_kernel), "device"),
+                "cache_share": (sharding.cache_params.load_factor or 0.0) if sharding.cache_params else 0.0,
                 "bytes": sum(e["bytes"] for e in entries),
                 "optimizer_bytes": optimizer_bytes,
                 "shards": entries,
@@ -144,14 +397,7 @@ def describe(plan: ShardingPlan, task: nn.Module, *, world_size: int, state_byte
         )
     for entry in ranks:
         entry["device"] = entry["device"] or str(_device_type(plan))
-    auto = sum(t.sharding == "auto" for t in embeddings.physical)
-    return {
-        "world_size": world_size,
-        "planner": f"TorchRec's EmbeddingShardingPlanner; {auto} of {len(tables)} tables by its choice, "
-        f"the others as the config says",
-        "ranks": ranks,
-        "tables": tables,
-    }
+    return {"world_size": world_size, "planner": planner, "ranks": ranks, "tables": tables}
 
 
 def embeddings_of(task: nn.Module) -> Embeddings:
@@ -163,25 +409,6 @@ def embeddings_of(task: nn.Module) -> Embeddings:
 def has_fused_tables(plan: ShardingPlan) -> bool:
     """Whether any table is updated inside the backward: all but the data_parallel ones are."""
     return any(p.sharding_type != "data_parallel" for p in _module_plan(plan).values())
-
-
-class _OrderedEnumerator(EmbeddingEnumerator):
-    """TorchRec intersects sets of names, whose order differs from process to process: equal plans need an order."""
-
-    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
-        return sorted(super()._filter_sharding_types(name, allowed_sharding_types, sharder_key))
-
-
-def _constraints(
-    table: Table, world_size: int, local_world_size: int, ids_per_bag: Mapping[str, float]
-) -> ParameterConstraints:
-    auto = table.sharding == "auto"
-    types = AUTO_TYPES if auto else (table.sharding,)
-    return ParameterConstraints(
-        sharding_types=[t for t in types if _ranks_without_rows(table, t, world_size, local_world_size) == 0],
-        min_partition=None if auto else _columns_per_shard(table, world_size, local_world_size),
-        pooling_factors=[max(1e-3, float(ids_per_bag.get(f, 1.0))) for f in table.features],
-    )
 
 
 def _row_parts(sharding: str, world_size: int, local_world_size: int) -> int:
@@ -232,20 +459,7 @@ def _columns_per_shard(table: Table, world_size: int, local_world_size: int) -> 
     return fits[0]
 
 
-def _no_plan(embeddings: Embeddings, world_size: int, found: Any, error: PlannerError) -> str:
-    need = sum(4 * t.rows * stored_dim(t.dim) for t in embeddings.physical)
-    largest = max(embeddings.physical, key=lambda t: t.rows * stored_dim(t.dim))
-    memory = found.devices[0].storage
-    have = memory.hbm if found.compute_device == "cuda" else memory.ddr
-    return (
-        f"the tables ({need / 2**30:.2f} GiB, the largest {largest.name!r} with "
-        f"{4 * largest.rows * stored_dim(largest.dim) / 2**30:.2f} GiB) cannot be placed on {world_size} ranks with "
-        f"{have / 2**30:.2f} GiB each ({error.error_type.value if error.error_type else 'planner'}); use more ranks, "
-        f'a smaller tables.dim, or sharding = "row_wise" for the large ones'
-    )
-
-
-def _on_rank_0(plan: Any) -> ShardingPlan:
+def _on_rank_0(plan: Callable[[], Planned]) -> Planned:
     """Call `plan` on rank 0 and give every rank its result, or its UserError."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:

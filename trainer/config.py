@@ -29,6 +29,7 @@ from pydantic import (
 from kernels import registry
 from kernels.errors import UserError
 from sharding.tables.base import SHARDING_TYPES
+from sharding.topology import quantity
 from trainer.data.dataset import Frozen
 
 Positive = Annotated[int, Field(gt=0)]
@@ -193,6 +194,36 @@ class Eval(Frozen):
     max_rows: Positive | None = None  # of the evaluations during training; the last one takes all rows
 
 
+class PlanConstraint(Frozen):
+    """What some tables may become; where several match a table, all of them hold."""
+
+    match: str | tuple[str, ...]  # names of physical tables, or shell patterns
+    sharding: tuple[Literal[SHARDING_TYPES], ...] | None = None  # type: ignore[valid-type]
+    tier: tuple[Literal["device", "cache", "host"], ...] | None = None
+
+    @field_validator("sharding", "tier", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class Plan(Frozen):
+    """How the tables are spread over the ranks: docs/planner.md."""
+
+    hbm: str | None = None  # memory of each rank's device to use, such as "60GiB"; default: nearly all of it
+    host_mem: str | None = None  # memory of each host to use for tables outside the devices
+    profiles: Path | None = None  # TOML with [profiles.NAME] of clusters
+    file: Path | None = None  # a plan.json to take as it is
+    constraints: tuple[PlanConstraint, ...] = ()
+
+    @field_validator("hbm", "host_mem")
+    @classmethod
+    def _bytes(cls, value: str | None) -> str | None:
+        if value is not None:
+            quantity(value, "bytes", where="memory")
+        return value
+
+
 class Run(Frozen):
     dir: Path = Path("runs")
     tensorboard: bool = False
@@ -211,6 +242,7 @@ class Config(Frozen):
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     eval: Eval = Eval()
+    plan: Plan = Plan()
     run: Run = Run()
 
     @field_validator("name")
@@ -241,9 +273,11 @@ class Config(Frozen):
             )
 
     def located(self) -> "Config":
-        """The same with an absolute data.path: what a run keeps, since it may be evaluated from another folder."""
-        path = Path(os.path.abspath(self.data.path))
-        return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
+        """The same with absolute paths: what a run keeps, since it may be evaluated from another folder."""
+        data = self.data.model_copy(update={"path": Path(os.path.abspath(self.data.path))})
+        paths = {name: getattr(self.plan, name) for name in ("file", "profiles")}
+        found = {name: Path(os.path.abspath(path)) for name, path in paths.items() if path is not None}
+        return self.model_copy(update={"data": data, "plan": self.plan.model_copy(update=found)})
 
     def to_toml(self) -> str:
         """The resolved config: loading this text gives the same config."""

@@ -379,14 +379,14 @@ def _tables(plan: dict) -> list[dict[str, Any]]:
                 "optimizer_bytes": t.get("optimizer_bytes"),
                 "share": (t.get("bytes") or 0) / largest,
                 "cells": cells,
-                "ranks": _runs(used),
+                "ranks": runs(used),
                 "shards": len(shards),
             }
         )
     return found
 
 
-def _runs(numbers: list[int]) -> str:
+def runs(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0–2, 5"."""
     runs: list[list[int]] = []
     for n in numbers:

@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels import registry
 from kernels.errors import UserError
 from sharding.compute_kernel import kernels_of
-from sharding.embeddings import build_embeddings
 from sharding.parallelize import parallelize
-from sharding.plan import describe, make_plan
+from sharding.plan import plan_task
 from trainer import report
 from trainer.checkpoint import lock
 from trainer.checkpoint.restore import place_of
@@ -31,11 +29,12 @@ from trainer.data.dataset import Dataset
 from trainer.data.parquet import Reader, open_dataset
 from trainer.evaluate import Stopping, evaluate, predict
 from trainer.metrics import BITS, WINDOW_BITS, Metrics, StepTimer, peak_memory_bytes
-from trainer.models.base import ModelInputs, init_dense
-from trainer.optim.base import build_optimizer, plugin, table_update
+from trainer.models.base import init_dense
+from trainer.optim.base import build_optimizer, table_update
 from trainer.pipeline import Pipeline, build_pipeline
+from trainer.planning import cluster_of, constraints_of, limits_of, on_meta, work_of_config
 from trainer.runlog import RunLog
-from trainer.tables import ResolvedTables, resolve
+from trainer.tables import ResolvedTables
 from trainer.task import TrainTask
 from trainer.world import World
 
@@ -83,23 +82,21 @@ class Built:
         return Metrics(self.dataset.labels, self.world.device, bits=bits)
 
 
-def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built:
-    """Tables -> model on the meta device -> plan -> sharded model with its initial weights -> optimizer."""
-    tables = resolve(config, dataset)
+def build(config: Config, dataset: Dataset, folder: Path, world: World, *, training: bool = True) -> Built:
+    """Tables -> model on the meta device -> plan -> sharded model with its initial weights -> optimizer.
+
+    training: take plan.file where the config has one; afterwards any plan will do, on any number of ranks.
+    """
+    model = on_meta(config, dataset)
     weights, labels = config.train.task_weights, dataset.labels
     if weights is not None and len(weights) != len(labels):
         raise UserError(
             f"train.task_weights = {list(weights)} has {len(weights)} values, but the data has {len(labels)} labels "
             f"({', '.join(labels)}); give one weight for each, in this order"
         )
-    inputs = ModelInputs(
-        dense=len(dataset.dense), dims=tables.dims, tasks=len(dataset.labels), features=tables.features
-    )
-    with torch.device("meta"):
-        net = registry.load("trainer.models", config.model.kind).build(config.model, inputs)
     task = TrainTask(
-        build_embeddings(tables=tables.tables, features=tables.features),
-        net,
+        model.embeddings,
+        model.net,
         world_size=world.size,
         device=world.device,
         loss=config.train.loss,
@@ -107,22 +104,18 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
         bf16=config.train.precision == "bf16",
         dense_names=[d.name for d in dataset.dense],
     )
-    plan = make_plan(
+    work = work_of_config(config, dataset, model)
+    cluster = cluster_of(config, world_size=world.size, local_world_size=world.local_size, device=world.device.type)
+    planned = plan_task(
         task,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        device=world.device,
-        batch_size=config.train.batch_size // world.size,
-        ids_per_bag={c.name: c.stats.ids_per_bag for c in dataset.categorical if c.stats},
+        work,
+        cluster,
+        constraints=constraints_of(config),
+        limits=limits_of(config),
+        file=config.plan.file if training else None,
     )
-    sparse = config.optim.sparse
-    described = describe(
-        plan,
-        task,
-        world_size=world.size,
-        state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim),
-    )
-    model = parallelize(
+    plan = planned.sharding
+    sharded = parallelize(
         task,
         plan,
         device=world.device,
@@ -134,10 +127,10 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World) -> Built
         config=config,
         dataset=dataset,
         folder=folder,
-        tables=tables,
-        model=model,
-        optimizer=build_optimizer(config.optim, model),
-        plan=described,
+        tables=model.tables,
+        model=sharded,
+        optimizer=build_optimizer(config.optim, sharded),
+        plan=planned.described,
         world=world,
     )
 
@@ -346,7 +339,7 @@ def _restored(config: Config, run_dir: Path, world: World, dataset: str | None) 
     if dataset and folder.resolve() != config.data.path.resolve():
         other = open_dataset(folder, config.data.features)
         _check_columns(trained_on, config.data.path, other, folder)
-    built = build(config, trained_on, folder, world)
+    built = build(config, trained_on, folder, world, training=False)
     restored(built.model, place_of(run_dir, config.checkpoint.dir))
     return Built(**{**vars(built), "dataset": other})
 

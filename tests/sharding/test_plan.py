@@ -7,11 +7,8 @@ from torch import nn
 from kernels.errors import UserError
 from sharding import topology
 from sharding.embeddings import build_embeddings
-from sharding.plan import describe, has_fused_tables, make_plan
+from sharding.plan import embeddings_of, has_fused_tables, plan_task, work_of
 from sharding.tables.base import SHARDING_TYPES, Table
-from trainer.optim import rowwise_adagrad
-
-CPU = torch.device("cpu")
 
 
 class Task(nn.Module):
@@ -22,12 +19,11 @@ class Task(nn.Module):
 
 def plan_of(*tables: Table, world: int, local: int | None = None) -> dict:
     task = Task(*tables)
-    plan = make_plan(task, world_size=world, local_world_size=local or world, device=CPU, batch_size=64)
-    state = rowwise_adagrad.Config(lr=0.1)
-    described = describe(
-        plan, task, world_size=world, state_bytes_per_row=lambda dim: rowwise_adagrad.state_bytes_per_row(state, dim)
-    )
-    assert has_fused_tables(plan) == any(t["sharding"] != "data_parallel" for t in described["tables"])
+    cluster = topology.detect(world_size=world, local_world_size=local or world, device="cpu")
+    work = work_of(embeddings_of(task), batch_size=64 * world, state_bytes_per_row=lambda dim: 4)
+    planned = plan_task(task, work, cluster)
+    described = planned.described
+    assert has_fused_tables(planned.sharding) == any(t["sharding"] != "data_parallel" for t in described["tables"])
     return described
 
 
@@ -70,7 +66,8 @@ def test_the_parts_cover_the_table_once_and_the_bytes_add_up(sharding, world):
     assert described["world_size"] == world and [r["rank"] for r in described["ranks"]] == list(range(world))
     assert all(r["device"].startswith("cpu") for r in described["ranks"])
     for t, entry in zip(tables, described["tables"], strict=True):
-        copies = world if sharding == "data_parallel" else 1
+        copies = world if entry["sharding"] == "data_parallel" else 1
+        assert sharding in ("auto", entry["sharding"])
         cells = torch.zeros(t.rows, t.dim, dtype=torch.int64)
         for shard in entry["shards"]:
             (r0, r1), (c0, c1) = shard["rows"], shard["cols"]
@@ -126,7 +123,9 @@ def test_tables_too_large_for_the_memory_are_refused_with_sizes(monkeypatch):
     with pytest.raises(UserError) as error:
         plan_of(table("table_wise", rows=20_000_000, name="huge"), table("table_wise"), world=2)
     message = str(error.value)
-    assert all(w in message for w in ("1.19 GiB", "'huge'", "2 ranks", "0.50 GiB", "row_wise")), message
+    assert all(w in message for w in ("1.19 GiB", "'huge'", "2 ranks", "table_wise", "short by 1.1", " bytes)")), (
+        message
+    )
 
 
 def test_auto_does_not_cut_a_table_into_more_parts_than_it_has_rows():

@@ -1,0 +1,217 @@
+"""`tablemesh plan`: where the tables of a config would go on a cluster, and what a step would take, without one.
+
+make(config, ...) -> Asked       config, dataset and cluster turned into what the planner takes
+answer(asked) -> dict            what --json prints; infeasible ones have the ways out
+compare(asked, a, b) -> dict     two plans of the same tables side by side
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding import planner, topology
+from sharding.bound import Options
+from sharding.cost import Choice, Kind, Prices, Work, load, price
+from sharding.embeddings import Embeddings
+from sharding.explain import explain, parts_of
+from sharding.plan import describe_solution, rules_of
+from sharding.planner import Infeasible, Limits, Rule, Solution
+from sharding.tables.base import SHARDING_TYPES
+from sharding.topology import Topology, quantity
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be planned.  profiles: those beside the built-in ones."""
+
+    name: str
+    work: Work
+    cluster: Topology
+    embeddings: Embeddings
+    rules: Mapping[str, Rule]
+    limits: Limits
+    profiles: Mapping[str, Topology]
+
+    def on(self, cluster: str) -> "Asked":
+        """The same on another cluster."""
+        found = topology.parse(cluster, self.profiles)
+        return replace(self, cluster=found)
+
+
+def make(
+    config: Any,
+    *,
+    dataset: Path | None = None,
+    cluster: str | None = None,
+    hbm: str | None = None,
+    host_mem: str | None = None,
+    profiles: Path | None = None,
+) -> Asked:
+    """config: of a run.  dataset: a dataset.json or its folder, where it is not at data.path.  cluster: such as
+    "h100-80gb:16x8"; this machine with train.nproc ranks when None.  hbm, host_mem: instead of the config's."""
+    from trainer import planning
+
+    if profiles is not None:
+        config = config.model_copy(update={"plan": config.plan.model_copy(update={"profiles": profiles})})
+    opened = _dataset(config, dataset)
+    model = planning.on_meta(config, opened)
+    known = planning.profiles_of(config, ranks_per_host=config.train.nproc)
+    if cluster is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ranks = config.train.nproc
+        found = planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)
+    else:
+        found = topology.parse(cluster, known)
+    limits = planning.limits_of(config)
+    if hbm is not None:
+        if found.device == "cpu":
+            raise UserError(
+                f"--hbm {hbm}: the ranks of {found.title} have no device memory; --host-mem limits the host's"
+            )
+        limits = replace(limits, device=quantity(hbm, "bytes", where="--hbm"))
+    if host_mem is not None:
+        limits = replace(limits, host=quantity(host_mem, "bytes", where="--host-mem"))
+    if found.device == "cpu" and limits.host is not None:
+        limits = Limits(device=limits.host / found.ranks_per_host)
+    return Asked(
+        name=config.name,
+        work=planning.work_of_config(config, opened, model),
+        cluster=found,
+        embeddings=model.embeddings,
+        rules=rules_of(model.embeddings, found, planning.constraints_of(config)),
+        limits=limits,
+        profiles=known,
+    )
+
+
+def _dataset(config: Any, path: Path | None) -> Any:
+    """The figures of the features: of a dataset.json, a folder, or the config's own data."""
+    from trainer.data import dataset as datasets
+    from trainer.data.parquet import open_dataset
+
+    if path is None:
+        if config.data.features is None and not (config.data.path / "dataset.json").exists():
+            raise UserError(
+                f"data.path = {str(config.data.path)!r}: no dataset.json there; the planner needs the features' "
+                f"figures: prepare the data, or give a dataset.json made elsewhere with --dataset FILE"
+            )
+        return open_dataset(config.data.path, config.data.features)
+    if path.is_dir():
+        return open_dataset(path, config.data.features)
+    try:
+        return datasets.Dataset.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a dataset.json: {error}") from error
+
+
+def answer(asked: Asked) -> dict[str, Any]:
+    """The plan explained, with plan.json under "plan"; or feasible: false, what is short, and the ways out."""
+    try:
+        solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
+    except Infeasible as short:
+        ways = planner.ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
+        return {
+            "feasible": False,
+            "cluster": asked.cluster.title,
+            "message": str(short),
+            "short_by_bytes": short.short_by,
+            "who": short.who,
+            "table": short.table,
+            "ways_out": [{"how": w.how, "step_ms": 1e3 * w.step, "change": dict(w.change)} for w in ways],
+        }
+    return explain(solution) | {"name": asked.name, "plan": describe_solution(solution, asked.embeddings)}
+
+
+def compare(asked: Asked, a: str, b: str) -> dict[str, Any]:
+    """Two plans priced with the same costs.
+
+    a, b: "auto" (the planner's), a sharding type (all tables by it), a plan.json, or a cluster (planned there).
+    """
+    first, second = _plan_of(asked, a), _plan_of(asked, b)
+    moved = []
+    for t, table in enumerate(asked.work.tables):
+        labels = [s.prices.kinds[s.choices[t].kind].kind.label for s in (first, second)]
+        if labels[0] != labels[1]:
+            moved.append({"name": table.name, "a": labels[0], "b": labels[1]})
+    return {"a": _figures(a, first), "b": _figures(b, second), "differ": moved}
+
+
+def _figures(name: str, solution: Solution) -> dict[str, Any]:
+    found = solution.load
+    slowest = int(found.rank_seconds.argmax())
+    return {
+        "name": name,
+        "cluster": solution.prices.topology.title,
+        "step_ms": 1e3 * found.step_seconds,
+        "samples_per_second": solution.prices.work.batch_size / found.step_seconds,
+        "most_bytes": int(found.rank_bytes.max()),
+        "fits": bool((found.rank_bytes <= solution.options.device_limit + solution.prices.base_bytes + 1).all()),
+        "parts_ms": {part: 1e3 * seconds for part, seconds in parts_of(found, slowest).items()},
+    }
+
+
+def _plan_of(asked: Asked, name: str) -> Solution:
+    if name == "auto":
+        return planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
+    if name in SHARDING_TYPES:
+        rules = {t.name: Rule(shardings=frozenset([name]), said=f"--compare {name}") for t in asked.work.tables}
+        return planner.solve(asked.work, asked.cluster, rules=rules, limits=asked.limits)
+    if name.partition(":")[0] in topology.profiles() | dict(asked.profiles):
+        other = asked.on(name)
+        return planner.solve(other.work, other.cluster, rules=other.rules, limits=other.limits)
+    if not Path(name).is_file():
+        known = ["auto", *SHARDING_TYPES, *topology.profiles(), *asked.profiles]
+        raise UserError(f"--compare {name}: neither a file nor a plan or cluster; {registry.nearest(name, known)}")
+    return as_priced(asked, json.loads(Path(name).read_text()), where=name)
+
+
+def as_priced(asked: Asked, described: Mapping[str, Any], *, where: str) -> Solution:
+    """A plan.json as the planner's own form, priced; without a bound of its own."""
+    if described.get("world_size") != asked.cluster.world_size:
+        raise UserError(
+            f"{where}: a plan for {described.get('world_size')} ranks, the cluster {asked.cluster.title} has "
+            f"{asked.cluster.world_size}"
+        )
+    kinds: list[Kind] = []
+    ranks: list[tuple[int, ...]] = []
+    by_name = {entry["name"]: entry for entry in described["tables"]}
+    for table in asked.work.tables:
+        if table.name not in by_name:
+            raise UserError(f"{where}: has no table {table.name!r}; it is a plan of another model")
+        kind, where_at = kind_of(by_name[table.name])
+        kinds.append(kind)
+        ranks.append(where_at)
+    return priced(price(asked.work, asked.cluster, extra=kinds), kinds, ranks, asked.limits)
+
+
+def priced(prices: Prices, kinds: list[Kind], ranks: list[tuple[int, ...]], limits: Limits) -> Solution:
+    """A plan somebody else made: kind and ranks of every table."""
+    number = {kind.kind: k for k, kind in enumerate(prices.kinds)}
+    choices = tuple(Choice(number[kind], where) for kind, where in zip(kinds, ranks, strict=True))
+    device, host = limits.of(prices.topology)
+    allowed = np.ones((len(prices.kinds), len(prices.tables)), bool)
+    options = Options.of(prices, allowed, device_limit=device, host_limit=host)
+    return Solution(prices, options, choices, load(prices, choices), 0.0, False)
+
+
+def kind_of(entry: Mapping[str, Any]) -> tuple[Kind, tuple[int, ...]]:
+    """(kind, ranks of its parts, column parts first) of a table of plan.json."""
+    shards = sorted(entry["shards"], key=lambda s: (s["cols"][0], s["rows"][0], s["rank"]))
+    sharding = entry["sharding"]
+    ranks = tuple(s["rank"] for s in shards)
+    if sharding == "data_parallel":
+        return Kind(sharding=sharding), ranks
+    columns, rows = len({tuple(s["cols"]) for s in shards}), len({tuple(s["rows"]) for s in shards})
+    share = float(entry.get("cache_share", 0.0))
+    tier = entry.get("tier", "device")
+    return Kind(sharding=sharding, tier=tier, column_parts=columns, row_parts=rows, cache_share=share), ranks

@@ -1,0 +1,133 @@
+"""`tablemesh plan` as a user meets it, and `train --plan`."""
+
+import json
+
+import pytest
+
+from tests.launch.test_cli import command  # noqa: F401  (a fixture)
+from trainer.data.dataset import Categorical, Dataset, Dense, File, Split, Stats
+
+CONFIG = """
+name = "small"
+[data]
+path = "nowhere"
+[tables]
+dim = 16
+[model]
+kind = "dlrm"
+bottom = [32, 16]
+top = [32, 1]
+[optim]
+sparse = { kind = "rowwise_adagrad", lr = 0.1 }
+dense = { kind = "adam", lr = 0.01 }
+[train]
+batch_size = 4096
+nproc = 2
+"""
+ROWS = {"user": 50_000_000, "item": 2_000_000, "country": 200, "tags": 100_000}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A config whose data is elsewhere, and the dataset.json of that data."""
+    features = [
+        Categorical(
+            name=name,
+            cardinality=rows,
+            ids="vocab",
+            stats=Stats(
+                rows=1000, ids=9000 if name == "tags" else 1000, distinct=rows // 2, top_share={"1": 0.05, "100": 0.3}
+            ),
+        )
+        for name, rows in ROWS.items()
+    ]
+    split = Split(files=(File(path="x.parquet", row_groups=(1000,)),))
+    dataset = Dataset(
+        name="small", source="made up", labels=("click",), dense=(Dense(name="age"),), categorical=tuple(features),
+        splits={"train": split}, fingerprint="0",
+    )  # fmt: skip
+    (tmp_path / "dataset.json").write_text(dataset.model_dump_json())
+    (tmp_path / "small.toml").write_text(CONFIG)
+    return tmp_path
+
+
+PLAN = ("plan", "small.toml", "--dataset", "dataset.json")
+
+
+def test_a_plan_for_a_cluster_that_is_not_here(command, small):  # noqa: F811
+    code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x8")
+    assert code == 0, err
+    for word in ("h100-80gb:2x8", "16 ranks", "bottleneck", "samples/s", "user", "runner-up", "all ranks send"):
+        assert word in out
+    code, out, _ = command(*PLAN, "--cluster", "h100-80gb:2x8", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["feasible"] and found["gap"] <= 0.05
+    assert found["bound"]["step_ms"] <= found["predicted"]["step_ms"]
+    assert len(found["ranks"]) == 16 and {"hbm_bytes", "host_bytes", "step_ms"} <= set(found["ranks"][0])
+    assert {t["name"] for t in found["tables"]} == set(ROWS)
+    assert {"name", "sharding", "tier", "ranks", "bytes", "runner_up"} <= set(found["tables"][0])
+    assert max(r["step_ms"] for r in found["ranks"]) == pytest.approx(found["predicted"]["step_ms"])
+    assert json.loads(command(*PLAN, "--cluster", "h100-80gb:2x8", "--json")[1]) == found
+
+
+def test_this_machine_and_a_file(command, small):  # noqa: F811
+    code, out, err = command(*PLAN, "--json", "--out", "plan.json", "--host-mem", "64GiB")
+    assert code == 0, err
+    found, written = json.loads(out), json.loads((small / "plan.json").read_text())
+    assert written == found["plan"] and written["world_size"] == 2 and "tablemesh" in written["planner"]
+    assert all(r["hbm_bytes"] == 0 and r["host_bytes"] > 0 for r in found["ranks"])
+    code, out, _ = command(*PLAN, "--compare", "auto", "plan.json", "--json", "--host-mem", "64GiB")
+    sides = json.loads(out)
+    assert code == 0 and sides["differ"] == [] and sides["a"]["step_ms"] == pytest.approx(sides["b"]["step_ms"])
+    code, out, _ = command(*PLAN, "--compare", "auto", "row_wise", "--cluster", "h100-80gb")
+    assert code == 0 and "country" in out and "row-wise" in out and "b / a" in out
+
+
+def test_what_does_not_fit_has_ways_out(command, small):  # noqa: F811
+    words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "1GiB")
+    code, out, _ = command(*words)
+    assert code == 1 and "no plan fits" in out and "short by" in out and "ways out" in out
+    code, out, _ = command(*words, "--json")
+    found = json.loads(out)
+    assert code == 1 and found["feasible"] is False and found["short_by_bytes"] > 0 and found["ways_out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cluster", "h100:1x8"], "no profile 'h100'"),
+        (["--cluster", "h100-80gb:1x8", "--hbm", "60"], "without a unit"),
+        (["--hbm", "60GiB"], "no device memory"),
+        (["--cluster", "h100-80gb:1x3"], "4096 does not divide over the 3 ranks"),
+        (["--compare", "auto", "nothing"], "neither a file nor a plan"),
+        (["--set", 'plan.constraints=[{match="usr", sharding="row_wise"}]'], "match = 'usr' matches no table"),
+        (["--set", 'plan.constraints=[{match="user"}]'], "constrains nothing"),
+        (
+            [
+                "--set",
+                'plan.constraints=[{match="u*", sharding="row_wise"}, {match="user", sharding=["table_wise"]}]',
+            ],
+            "no choice meets both",
+        ),
+        (["--out", "no/where.json"], "does not exist"),
+    ],
+)
+def test_bad_input(command, small, words, said):  # noqa: F811
+    code, _, err = command(*PLAN, *words)
+    assert code == 2 and said in " ".join(err.split()), err
+
+
+def test_data_that_is_not_there(command, small):  # noqa: F811
+    code, _, err = command("plan", "small.toml")
+    assert code == 2 and "--dataset FILE" in err
+    code, _, err = command("train", "small.toml", "--plan", "none.json")
+    assert code == 2 and "--plan none.json: no such file" in err
+
+
+def test_constraints_hold(command, small):  # noqa: F811
+    rule = 'plan.constraints=[{match=["user", "i*"], sharding=["row_wise"], tier="host"}]'
+    code, out, err = command(*PLAN, "--cluster", "h100-80gb:1x8", "--json", "--set", rule)
+    assert code == 0, err
+    tables = {t["name"]: t for t in json.loads(out)["tables"]}
+    for name in ("user", "item"):
+        assert (tables[name]["sharding"], tables[name]["tier"]) == ("row_wise", "host")

@@ -1,0 +1,235 @@
+"""The planner against the best of all plans on small cases, its bound, its rules and what it says when nothing fits."""
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from kernels.errors import UserError
+from sharding.bound import Options, lower_bound
+from sharding.cost import Choice, DenseWork, TableLoad, Work, load, price
+from sharding.planner import Infeasible, Limits, Rule, rules_from, solve, ways_out
+from sharding.search import search
+from sharding.skew import Skew
+from sharding.topology import parse
+
+GIB = 2**30
+
+
+def random_case(seed: int):
+    """A few tables on one to four ranks; memory short in every other case, so that the best plan has to give way."""
+    rng = np.random.default_rng(seed)
+    cluster = parse(["h100-80gb:1x2", "h100-80gb:1x3", "a100-40gb:2x2", "cpu:1x2", "cpu:1x1"][seed % 5])
+    tables = []
+    for t in range(int(rng.integers(2, 5 if cluster.world_size < 4 else 4))):
+        rows = int(np.exp(rng.uniform(np.log(500), np.log(5e6))))
+        skew = Skew.of(rows=rows, top_share={"1": 0.1, "100": 0.4}, ordered=True) if rng.random() < 0.5 else None
+        tables.append(
+            TableLoad(
+                name=f"t{t}",
+                rows=rows,
+                dim=int(rng.choice([4, 8, 16])),
+                bags=int(rng.integers(1, 3)),
+                ids=float(rng.uniform(1, 60)),
+                skew=skew,
+            )
+        )
+    batch = cluster.world_size * int(rng.choice([64, 4096, 65536]))
+    work = Work(tables=tuple(tables), batch_size=batch, overlapped=bool(rng.random() < 0.7))
+    prices = price(work, cluster)
+    total = sum(t.bytes for t in tables)
+    share = rng.uniform(0.9, 2.0) if seed % 2 else 40.0
+    limit = prices.base_bytes + share * total / cluster.world_size + 2e6
+    return work, cluster, prices, float(limit)
+
+
+def placements(place: str, parts: int, cluster) -> list[tuple[int, ...]]:
+    world, local, hosts = cluster.world_size, cluster.ranks_per_host, cluster.hosts
+    if place == "all":
+        return [tuple(range(world))]
+    if place == "one":
+        return [(r,) for r in range(world)]
+    if place == "distinct":
+        return list(combinations(range(world), parts))
+    if place == "host":
+        return [tuple(range(h * local, (h + 1) * local)) for h in range(hosts)]
+    if place == "hosts":
+        chosen = combinations(range(hosts), parts)
+        return [tuple(h * local + i for h in hs for i in range(local)) for hs in chosen]
+    return [c for h in range(hosts) for c in combinations(range(h * local, (h + 1) * local), parts)]
+
+
+def exhaustive(prices, options) -> float:
+    """The step of the best of all plans; infinite where none fits."""
+    cluster = prices.topology
+    per_table = []
+    for t in range(len(prices.tables)):
+        choices = []
+        for k in np.flatnonzero(options.allowed[:, t]):
+            kind = prices.kinds[k].kind
+            choices += [Choice(int(k), ranks) for ranks in placements(kind.place, kind.column_parts, cluster)]
+        per_table.append(choices)
+    best = np.inf
+    limit = options.device_limit + prices.base_bytes
+    for choices in product(*per_table):
+        found = load(prices, choices)
+        by_host = found.host_rank_bytes.reshape(cluster.hosts, -1).sum(1)
+        if (found.rank_bytes <= limit).all() and (by_host <= options.host_limit).all():
+            best = min(best, found.step_seconds)
+    return best
+
+
+def thinned(prices, limit: float, seed: int) -> Options:
+    """At most four kinds of each table, so that all plans can be looked at."""
+    rng = np.random.default_rng(seed)
+    allowed = np.array([kind.valid for kind in prices.kinds])
+    for t in range(allowed.shape[1]):
+        there = np.flatnonzero(allowed[:, t])
+        kept = rng.choice(there, size=min(4, len(there)), replace=False)
+        allowed[:, t] = False
+        allowed[kept, t] = True
+        allowed[[k for k, kind in enumerate(prices.kinds) if kind.kind.label == "table_wise"], t] = True
+    return Options.of(prices, allowed, device_limit=limit, host_limit=1e15)
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_the_bound_is_never_above_the_best_plan_and_no_plan_below_it(block):
+    from sharding import exact
+
+    for seed in range(40 * block, 40 * block + 40):
+        _, _, prices, limit = random_case(seed)
+        options = thinned(prices, limit, seed)
+        if not options.allowed.any(0).all():
+            continue
+        best = exhaustive(prices, options)
+        bound = lower_bound(options, upper=np.inf)
+        assert bound <= best * (1 + 1e-9), seed
+        found = search(options, aim=bound)
+        if found is not None:
+            assert found.step >= best * (1 - 1e-9), seed
+            assert lower_bound(options, upper=found.step) <= best * (1 + 1e-9), seed
+            assert load(prices, found.choices).step_seconds == pytest.approx(found.step, rel=1e-9)
+        if seed % 4 == 0:
+            proved = exact.solve(options)
+            assert proved.proved and proved.step == pytest.approx(best, rel=1e-5), seed
+            assert proved.bound <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_small_cases_are_solved_exactly_and_plans_are_deterministic(seed):
+    work, cluster, prices, _ = random_case(seed)
+    one, two = solve(work, cluster), solve(work, cluster)
+    assert one.choices == two.choices and one.bound == two.bound
+    assert one.gap <= 5e-3
+    assert (one.load.rank_bytes <= Limits().of(cluster)[0]).all()
+    assert one.load.step_seconds == load(prices, one.choices).step_seconds >= one.bound
+
+
+def work_of(*tables: tuple[int, int], batch: int = 1 << 15, ids: float = 4.0) -> Work:
+    made = tuple(TableLoad(name=f"t{i}", rows=rows, dim=dim, ids=ids) for i, (rows, dim) in enumerate(tables))
+    return Work(tables=made, batch_size=batch, dense=DenseWork(flops_per_row=1e6, ops=50))
+
+
+def test_memory_limits_hold_and_tiers_beyond_the_device_are_used_when_it_is_full():
+    work, cluster = work_of(*[(4_000_000, 64)] * 6), parse("h100-80gb:1x2")
+    roomy, tight = solve(work, cluster), solve(work, cluster, limits=Limits(device=3.5 * GIB))
+    assert roomy.load.rank_bytes.max() > 3.5 * GIB >= tight.load.rank_bytes.max()
+    assert {tight.prices.kinds[c.kind].kind.tier for c in tight.choices} > {"device"}
+    assert tight.load.step_seconds > roomy.load.step_seconds
+    assert tight.load.host_rank_bytes.sum() > 0 == roomy.load.host_rank_bytes.sum()
+
+
+def test_rules_are_kept():
+    work, cluster = work_of((100_000, 64), (50_000, 32), (1000, 16)), parse("h100-80gb:2x4")
+    rules = {
+        "t0": Rule(shardings=frozenset(["grid_shard"]), column_parts=2, said="a"),
+        "t1": Rule(tiers=frozenset(["host"]), said="b"),
+        "t2": Rule(shardings=frozenset(["table_row_wise", "row_wise"]), said="c"),
+    }
+    solution = solve(work, cluster, rules=rules)
+    kinds = [solution.prices.kinds[c.kind].kind for c in solution.choices]
+    assert (kinds[0].sharding, kinds[0].column_parts, kinds[0].row_parts) == ("grid_shard", 2, 4)
+    assert kinds[1].tier == "host" and kinds[2].sharding in ("table_row_wise", "row_wise")
+    assert len(set(solution.choices[0].ranks)) == 8
+    best, free = solution.load.step_seconds, solve(work, cluster)
+    assert free.load.step_seconds <= best
+
+
+def test_rules_by_pattern_are_joined_and_contradictions_are_named():
+    one, two = (
+        Rule(shardings=frozenset(["row_wise", "table_wise"]), said="first"),
+        Rule(tiers=frozenset(["host"]), said="x"),
+    )
+    joined = rules_from(["a1", "a2", "b"], [(["a*"], one), (["a2"], two)], {"b": one})
+    assert joined["a2"].shardings == one.shardings and joined["a2"].tiers == two.tiers and joined["a1"] == one
+    against = Rule(shardings=frozenset(["column_wise"]), said="second")
+    with pytest.raises(UserError, match=r"'b': first allows sharding row_wise, table_wise, second column_wise"):
+        rules_from(["b"], [(["b"], against)], {"b": one})
+    with pytest.raises(UserError, match=r"match = 'C9' matches no table; there are: C1"):
+        rules_from(["C1"], [(["C9"], one)], {})
+
+
+@pytest.mark.parametrize(
+    ("work", "cluster", "words"),
+    [
+        (work_of((0, 16)), "h100-80gb", ["'t0'", "0 rows"]),
+        (work_of((10, 6)), "h100-80gb", ["'t0'", "6 columns", "multiple of 4"]),
+        (work_of(), "h100-80gb", ["no table"]),
+        (work_of((10, 8), batch=100), "h100-80gb", ["100", "8 ranks", "96"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused(work, cluster, words):
+    with pytest.raises(UserError) as error:
+        solve(work, parse(cluster))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_rule_that_no_placement_meets_is_named():
+    with pytest.raises(UserError, match=r"'t0'.*here asks for row_wise, which h100-80gb:1x8 cannot give it"):
+        solve(
+            work_of((3, 16)), parse("h100-80gb:1x8"), rules={"t0": Rule(shardings=frozenset(["row_wise"]), said="here")}
+        )
+
+
+def test_a_table_wider_than_memory_is_named_with_its_bytes():
+    work = work_of((10**9, 1024), (1000, 16))
+    rules = {"t0": Rule(shardings=frozenset(["table_wise"]), tiers=frozenset(["device"]), said="x")}
+    with pytest.raises(Infeasible) as error:
+        solve(work, parse("a100-40gb:1x8"), rules=rules)
+    short = error.value
+    limit, _ = Limits().of(parse("a100-40gb:1x8"))
+    assert short.table == "t0" and short.short_by > 10**9 * 1024 * 4 - limit
+    assert all(w in str(short) for w in ("'t0'", "1,000,000,000 rows", "short by", "bytes"))
+
+
+def test_ways_out_are_tried_and_each_of_them_works():
+    """1.9 TiB of tables on 8 devices of 39 GiB and 1 TB of host memory."""
+    work, cluster = work_of((2_000_000_000, 128), (1_500_000_000, 128), (10**8, 128)), parse("a100-40gb:1x8")
+    with pytest.raises(Infeasible) as error:
+        solve(work, cluster)
+    assert error.value.short_by > 0 and error.value.who
+    ways = ways_out(work, cluster, rules={}, limits=Limits(), short=error.value)
+    changes = [set(way.change) for way in ways]
+    assert {"dim"} in changes and {"cluster"} in changes and {"rows_share"} in changes
+    more = next(way.change["cluster"] for way in ways if "cluster" in way.change)
+    solve(work, parse(more))
+    hosts = int(more.split(":")[1].split("x")[0])
+    if hosts > 3:
+        with pytest.raises(Infeasible):
+            solve(work, parse(f"a100-40gb:{hosts // 2}x8"))  # 3 hosts, 5, 6, 7 do not divide the batch
+    dim = next(way.change["dim"] for way in ways if "dim" in way.change)
+    solve(replace(work, tables=tuple(replace(t, dim=dim) for t in work.tables)), cluster)
+
+
+def test_large_cases_are_near_the_bound():
+    rng = np.random.default_rng(5)
+    tables = tuple(
+        TableLoad(name=f"t{i}", rows=int(np.exp(rng.uniform(7, 17))), dim=int(rng.choice([32, 64, 128])),
+                  ids=float(min(200, 1 + rng.pareto(1.2))))
+        for i in range(200)
+    )  # fmt: skip
+    solution = solve(
+        Work(tables=tables, batch_size=1 << 17, dense=DenseWork(flops_per_row=1e7)), parse("h100-80gb:16x8")
+    )
+    assert solution.bound <= solution.load.step_seconds and solution.gap <= 0.05

@@ -1,0 +1,150 @@
+"""From a config to what the planner takes: the cluster, the work, the limits and the constraints.
+
+cluster_of(config, ...) -> Topology
+on_meta(config, dataset) -> OnMeta
+work_of_config(config, dataset, model) -> Work
+limits_of(config), constraints_of(config)
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding import topology
+from sharding.cost import Work
+from sharding.embeddings import Embeddings, build_embeddings
+from sharding.plan import Figures, work_of
+from sharding.planner import Limits, Rule
+from sharding.skew import Skew
+from sharding.topology import Topology, quantity
+from trainer.config import Config
+from trainer.data.dataset import Categorical, Dataset
+from trainer.dense_work import dense_work
+from trainer.models.base import ModelInputs
+from trainer.optim.base import plugin
+from trainer.tables import ResolvedTables, resolve
+
+STORE = "TABLEMESH_CACHE"  # environment variable: the folder of calibrations instead of the user's cache folder
+
+
+def calibration_file() -> Path:
+    """Where `tablemesh bench calibrate` keeps what it measured on this machine."""
+    folder = os.environ.get(STORE)
+    if folder:
+        return Path(folder) / "calibration.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tablemesh" / "calibration.json"
+
+
+def calibrated(ranks_per_host: int) -> dict[str, Topology]:
+    """The "cpu" profile that was measured here with this many ranks; with the nearest number of ranks where there is
+    none for it; empty where nothing was measured or the file is of another version."""
+    try:
+        found = json.loads(calibration_file().read_text())
+        by_ranks = {int(ranks): values for ranks, values in found["cpu"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    if not by_ranks:
+        return {}
+    nearest = min(by_ranks, key=lambda ranks: (abs(ranks - ranks_per_host), ranks))
+    known = {key: float(value) for key, value in by_ranks[nearest].items() if key in topology.QUANTITIES}
+    source = f"tablemesh bench calibrate on this machine, {nearest} ranks, {found.get('when', 'some day')}"
+    base = topology.CPU_HOST
+    sources = {**base.sources, **dict.fromkeys(known, source)}
+    return {"cpu": replace(base, ranks_per_host=nearest, sources=sources, **known)}
+
+
+def profiles_of(config: Config, *, ranks_per_host: int = 1) -> dict[str, Topology]:
+    """Profiles beside the built-in ones: this machine's calibration, and those of plan.profiles."""
+    found = calibrated(ranks_per_host)
+    if config.plan.profiles is not None:
+        found |= topology.load_profiles(config.plan.profiles)
+    return found
+
+
+def cluster_of(config: Config, *, world_size: int, local_world_size: int, device: str) -> Topology:
+    """This machine."""
+    known = profiles_of(config, ranks_per_host=local_world_size)
+    return topology.detect(world_size=world_size, local_world_size=local_world_size, device=device, known=known)
+
+
+def limits_of(config: Config) -> Limits:
+    """Bytes that plans may use, as the config says."""
+    plan = config.plan
+    return Limits(
+        device=None if plan.hbm is None else quantity(plan.hbm, "bytes", where="plan.hbm"),
+        host=None if plan.host_mem is None else quantity(plan.host_mem, "bytes", where="plan.host_mem"),
+    )
+
+
+def constraints_of(config: Config) -> list[tuple[tuple[str, ...], Rule]]:
+    """The planner's form of [[plan.constraints]]."""
+    found = []
+    for i, constraint in enumerate(config.plan.constraints):
+        said = f"plan.constraints[{i}]"
+        if constraint.sharding is None and constraint.tier is None:
+            raise UserError(f"{said}: says neither sharding nor tier, so it constrains nothing; give one, or remove it")
+        patterns = (constraint.match,) if isinstance(constraint.match, str) else constraint.match
+        rule = Rule(
+            shardings=None if constraint.sharding is None else frozenset(constraint.sharding),
+            tiers=None if constraint.tier is None else frozenset(constraint.tier),
+            said=said,
+        )
+        found.append((patterns, rule))
+    return found
+
+
+def work_of_config(config: Config, dataset: Dataset, model: "OnMeta") -> Work:
+    """What a step of this config does."""
+    sparse, dense = config.optim.sparse, config.optim.dense
+    dense_state = plugin(dense).state_bytes_per_row(dense, 1024) / 1024
+    return work_of(
+        model.embeddings,
+        batch_size=config.train.batch_size,
+        figures=figures_of(dataset, model.tables.rows),
+        dense=dense_work(model.net, model.inputs, state_bytes_per_parameter=dense_state),
+        state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim),
+        overlapped=config.train.pipeline == "overlapped",
+        bf16=config.train.precision == "bf16",
+    )
+
+
+def figures_of(dataset: Dataset, rows: Mapping[str, int]) -> dict[str, Figures]:
+    """What dataset.json says of each feature's ids."""
+    return {c.name: _figures(c, rows[c.name]) for c in dataset.categorical}
+
+
+def _figures(feature: Categorical, rows: int) -> Figures:
+    stats: Any = feature.stats
+    if stats is None:
+        return Figures()
+    skew = Skew.of(rows=rows, top_share=stats.top_share, distinct=stats.distinct, ordered=feature.ids == "vocab")
+    return Figures(ids_per_bag=stats.ids_per_bag, skew=skew)
+
+
+@dataclass(frozen=True)
+class OnMeta:
+    """The parts of a model that nothing is allocated for yet."""
+
+    tables: ResolvedTables
+    inputs: ModelInputs
+    net: nn.Module
+    embeddings: Embeddings
+
+
+def on_meta(config: Config, dataset: Dataset) -> OnMeta:
+    """Tables, dense layers and look-up of this config on the meta device.  UserError where they do not fit together."""
+    tables = resolve(config, dataset)
+    inputs = ModelInputs(
+        dense=len(dataset.dense), dims=tables.dims, tasks=len(dataset.labels), features=tables.features
+    )
+    with torch.device("meta"):
+        net = registry.load("trainer.models", config.model.kind).build(config.model, inputs)
+    return OnMeta(tables, inputs, net, build_embeddings(tables=tables.tables, features=tables.features))
