@@ -300,13 +300,19 @@ def random_bits(spec: Spec, *, step: int, table: int, rows_U: Tensor, dim: int) 
 
 def row_key(spec: Spec, *, step: int, table: int) -> int:
     """The part of the random bits' key that a step's rows of one table share, as an unsigned 64-bit number."""
-    key = 0
-    for part in (spec.seed, step, table):
-        x = (key + part * 0x9E3779B97F4A7C15) & MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-        key = x ^ (x >> 31)
-    return key
+    return _chain(step_key(spec, step=step), table)
+
+
+def step_key(spec: Spec, *, step: int) -> int:
+    """The part of the key that all rows of a step share."""
+    return _chain(_chain(0, spec.seed), step)
+
+
+def _chain(key: int, part: int) -> int:
+    x = (key + part * 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
 
 
 def _mix64(x: Tensor) -> Tensor:
