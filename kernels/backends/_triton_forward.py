@@ -6,7 +6,8 @@ The rows of a bag are added one after another whatever the tile, so tuning chang
 
 An id outside its table is never read: `bad` becomes 1, and the host raises.
 
-Letters in shapes: B bags of a feature, F features, G features of one width, N ids, D columns, X columns of all features.
+Letters in shapes: B bags of a feature, F features, G features of one width, N ids, D columns, X columns of
+all features.
 """
 
 import triton

@@ -12,20 +12,20 @@ import triton.language as tl
 @triton.jit
 def load_rows(buffer, at_R, ok_R, d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
     """(R, BLOCK_D) float32: what is at elements at_R; zeros where not ok and right of D."""
-    at_R = tl.multiple_of(at_R, ALIGN)
+    at = tl.multiple_of(at_R[:, None], [ALIGN, ALIGN])
     mask = ok_R[:, None]
     if BLOCK_D != D:
         mask = mask & (d < D)[None, :]
-    return tl.load(buffer + at_R[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(buffer + at + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_rows(buffer, at_R, ok_R, rows, d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    at_R = tl.multiple_of(at_R, ALIGN)
+    at = tl.multiple_of(at_R[:, None], [ALIGN, ALIGN])
     mask = ok_R[:, None]
     if BLOCK_D != D:
         mask = mask & (d < D)[None, :]
-    tl.store(buffer + at_R[:, None] + d[None, :], rows, mask=mask)
+    tl.store(buffer + at + d[None, :], rows, mask=mask)
 
 
 @triton.jit

@@ -7,9 +7,9 @@ Sorted by key (stable, so that a row's occurrences stay in the order of the batc
     sorted              2 2 7 7 7                                     b e a c d
     runs                firsts = [0 2 5]
 
-`update` takes a tile of runs, adds up each one's gradients one after another and updates each row once.  So that a run of
-thousands is not one program's work from end to end, `fold` has first added up every PIECE sorted occurrences that are
-all of one row (their first and last key are equal), and `fold_pieces` every PIECES of such sums; `update` then adds
+`update` takes a tile of runs, adds up each one's gradients one after another and updates each row once.  So that a run
+of thousands is not one program's work from end to end, `fold` has first added up every PIECE sorted occurrences that
+are all of one row (their first and last key are equal), and `fold_pieces` every PIECES of such sums; `update` then adds
 
     the occurrences up to the first whole piece, whole pieces, pieces of pieces, whole pieces, the occurrences left over
 

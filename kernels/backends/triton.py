@@ -10,8 +10,8 @@ The host never waits for what it has just launched.  So an id outside its table,
 reported one call late on a GPU: by the next forward, which waits for the forward before it; the interpreter reports it
 at once.
 
-Nothing of the size of a table is allocated: a step takes about 50 bytes an id for the sort and the runs, and where a row
-may fill a piece (_triton_update.PIECE ids), 1 / PIECE of a row of float32 an id.
+Nothing of the size of a table is allocated: a step takes about 50 bytes an id for the sort and the runs, and 1 / PIECE
+(_triton_update.PIECE ids) of a row of float32 an id for the sums of pieces.
 
 Only `look_up` is autotuned, since its results do not depend on its tile.  The update's do, in the last bit (sums over
 the columns), and trying its tiles out would need copies of the tables: its tiles are a rule of the width.
@@ -93,6 +93,7 @@ class Width:
 class Kernel:
     def __init__(self, spec: Spec, state: State) -> None:
         self.spec, self.state, self.device = spec, state, state.device
+        self.interpreted = self.device.type == "cpu"
         self.widths = widths_of(spec)
         order = [t for width in self.widths for t in width.tables]
         bases = dict(zip(order, accumulate((spec.tables[t].rows for t in order), initial=0), strict=False))
@@ -139,7 +140,7 @@ class Kernel:
                 def grid(meta: dict, count: int = len(width.features)) -> tuple[int, int]:
                     return (-(-bags // meta["BAGS"]), count)
 
-                _look_up(width.block, 1 if length == 1 else 4, self.device.type)[grid](
+                _look_up(width.block, 1 if length == 1 else 4, self.interpreted)[grid](
                     *(self.state.weights, self.starts_F, self.rows_F, self.columns_F, features_G),
                     *(ids_N, offsets, scales_N, out, self.bad),
                     *(bags, len(spec.features), ids_N.numel(), spec.columns[-1], length),
@@ -173,7 +174,7 @@ class Kernel:
         for width, features_G in zip(self.widths, self.features_of, strict=True):
             if not width.features:
                 continue
-            rows, warps = self._tile(width.block)
+            rows, warps = _tile(width.block, interpreted=self.interpreted)
             _triton_forward.weight_gradients[(-(-bags // rows), len(width.features))](
                 *(self.state.weights, self.starts_F, self.rows_F, self.columns_F, features_G),
                 *(ids_N, offsets, grad, out_N, bags, ids_N.numel(), self.spec.columns[-1]),
@@ -197,7 +198,7 @@ class Kernel:
         places_N = torch.empty(count, dtype=_int(grad.numel()), device=device)
         factors_N = torch.empty(count if scaled else 0, device=device)
         lanes = min(32, 1 << (_length(count, features * bags) - 1).bit_length())
-        block = 1024 if device.type == "cpu" else 256
+        block = 1024 if self.interpreted else 256
         _triton_update.make_keys[(-(-bags // (block // lanes)), features)](
             *(ids_N, offsets, scales_N, self.bases_F, self.rows_F, self.columns_F, keys_N, places_N, factors_N),
             *(bags, count, self.spec.columns[-1], self.widths[0].dim),
@@ -252,7 +253,7 @@ class Kernel:
         for w, width in enumerate(self.widths):
             if not width.features:
                 continue
-            rows, warps = self._tile(width.block)
+            rows, warps = _tile(width.block, interpreted=self.interpreted)
             about = {"D": width.dim, "BLOCK_D": width.block, "PIECE": PIECE, "num_warps": warps}
             about["ALIGN_SUMS"] = _power_of_two(width.dim)
             read = {"CLAMP": opt.max_gradient is not None, "SCALED": runs["factors_N"].numel() > 0}
@@ -336,12 +337,13 @@ class Kernel:
     def _numbers(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device)
 
-    def _tile(self, block: int) -> tuple[int, int]:
-        """Rows of a tile, and warps: 8 elements of it to a thread, and at most 64 rows, which wait for each other."""
-        if self.device.type == "cpu":
-            return 64, 4  # the interpreter's time goes by the number of tiles
-        rows = max(1, min(64, 1024 // block))
-        return rows, max(1, min(8, rows * block // 256))
+
+def _tile(block: int, *, interpreted: bool) -> tuple[int, int]:
+    """Rows of a tile, and warps: 8 elements of it to a thread, and at most 64 rows, which wait for each other."""
+    if interpreted:
+        return max(16, min(256, 4096 // block)), 4  # the interpreter's time goes by the number of tiles
+    rows = max(1, min(64, 1024 // block))
+    return rows, max(1, min(8, rows * block // 256))
 
 
 def widths_of(spec: Spec) -> list[Width]:
@@ -383,7 +385,7 @@ def _length(ids: int, bags: int) -> int:
 
 
 @cache
-def _look_up(block: int, unroll: int, device: str) -> Any:
+def _look_up(block: int, unroll: int, interpreted: bool) -> Any:
     """`look_up` with the tiles to try for a width: 4 to 16 elements to a thread."""
     import triton
 
@@ -393,7 +395,8 @@ def _look_up(block: int, unroll: int, device: str) -> Any:
         bags = max(1, min(128, elements * 32 * warps // block))
         return triton.Config({"BAGS": bags, "UNROLL": unroll}, num_warps=warps)
 
-    if device == "cpu":
-        return triton.autotune(configs=[triton.Config({"BAGS": 64, "UNROLL": unroll})], key=[])(look_up)
+    if interpreted:
+        only = triton.Config({"BAGS": max(16, min(256, 4096 // block)), "UNROLL": unroll})
+        return triton.autotune(configs=[only], key=[])(look_up)
     tiles = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4))
     return triton.autotune(configs=[config(*tile) for tile in tiles], key=["length", "D"])(look_up)
