@@ -211,7 +211,8 @@ class _Tables:
         self._bags = bags
         self.flat = nn.Parameter(bags.state.weights)
         self.feature_table_map = list(bags.spec.features)
-        self.embedding_specs = [(t.rows, t.dim, EmbeddingLocation.HOST, None) for t in bags.spec.tables]
+        place = EmbeddingLocation.HOST if bags.state.device.type == "cpu" else EmbeddingLocation.DEVICE
+        self.embedding_specs = [(t.rows, t.dim, place, None) for t in bags.spec.tables]
 
     def split_embedding_weights(self) -> list[Tensor]:
         return list(self._bags.state.tables)

@@ -177,11 +177,11 @@ def test_stochastic_rounding_is_right_on_average(backend):
     for _ in range(2):
         bags = TableBatchedEmbeddingBag(spec, backend=backend)
         bags.state.tables[0].fill_(1.0)
-        for _ in range(20):
+        for _ in range(10):
             bags(torch.arange(2000), torch.arange(2001)).sum().backward()
         found.append(bags.state.tables[0].float())
     assert torch.equal(*found)
-    moved = (1 - found[0].double()).mean().item() / (20 * spec.optimizer.lr)
+    moved = (1 - found[0].double()).mean().item() / (10 * spec.optimizer.lr)
     assert 0.95 < moved < 1.05
 
 

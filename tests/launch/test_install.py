@@ -21,7 +21,6 @@ DISTRIBUTION = {
     "_pytest": "pytest",
     "xdist": "pytest-xdist",
 }
-OPTIONAL = {"triton"}  # imported only where they are installed
 
 
 def lock(target: str) -> dict[str, str]:
@@ -51,7 +50,7 @@ def test_everything_imported_is_locked():
     pins, missing = lock("cpu"), {}
     for package in ours:
         for file in (ROOT / package).rglob("*.py"):
-            for name in imported(file.read_text(), package) - ours - OPTIONAL - set(sys.stdlib_module_names):
+            for name in imported(file.read_text(), package) - ours - set(sys.stdlib_module_names):
                 if DISTRIBUTION.get(name, name.lower().replace("_", "-")) not in pins:
                     missing.setdefault(name, str(file.relative_to(ROOT)))
     assert not missing

@@ -1,6 +1,11 @@
 """Our kernels in FBGEMM's place: the same losses, the same state dict, for every sharding type and optimizer."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +19,11 @@ from tests.ranks import run_ranks
 from tests.sharding.test_parallelize import BATCHES, FEATURES, MODEL, OPTIM, tables
 from trainer.config import Optim, Schedule
 
+ROOT = Path(__file__).resolve().parents[2]
 OWN = sorted(set(registry.names("kernels.backends")) - {"fbgemm", "triton"})
 
 
-def losses_of(shardings, kernel, pipeline):
+def losses_of(shardings, kernel, pipeline, steps=None):
     found = {}
     for sharding in shardings:
         built = build_sharded(
@@ -25,7 +31,7 @@ def losses_of(shardings, kernel, pipeline):
         )
         own = kernels_of(built.dmp.module)
         assert bool(own) == (kernel != "fbgemm" and sharding != "data_parallel"), sharding
-        found[sharding] = train_sharded(built, make_batches(tables(sharding), FEATURES, **BATCHES))
+        found[sharding] = train_sharded(built, make_batches(tables(sharding), FEATURES, **BATCHES)[:steps])
     return found
 
 
@@ -41,6 +47,24 @@ def test_every_sharding_type_has_fbgemms_losses(world_size, pipeline, kernel, fb
         for sharding, losses in found.items():
             worst = max(abs(x - y) for x, y in zip(losses, fbgemm, strict=True))
             assert worst <= 1e-5, f"{sharding}: {worst}"
+
+
+IN_INTERPRETER = """
+import json
+from tests.ranks import run_ranks
+from tests.sharding.test_compute_kernel import losses_of
+
+print(json.dumps(run_ranks(losses_of, 2, ("row_wise",), "triton", "overlapped", 8)))
+"""
+
+
+def test_triton_in_its_interpreter_has_fbgemms_losses(fbgemm):
+    """The GPU's kernel under DistributedModelParallel; a process of its own, where Triton starts as an interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", IN_INTERPRETER], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-6000:]
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        assert found["row_wise"] == pytest.approx(fbgemm[:8], abs=1e-5)
 
 
 SPARSE = {

@@ -58,7 +58,7 @@ def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str)
         return {"kernel": "fbgemm", "optimizer": None, "row_update": None}
     optimizer = plugin(config.sparse).table(config.sparse)
     if kernel == "auto" and device.type != "cpu":
-        kernel = "fbgemm"  # none of ours is faster on a GPU yet: no Triton backend
+        kernel = "fbgemm"  # the triton backend has not been measured beside it on a GPU; it serves when asked for
     replace = kernel == "fbgemm" and lacks_decay(optimizer, device=device)
     update = partial(plugin(config.sparse).update_rows, config.sparse, step=None) if replace else None
     return {"kernel": kernel, "optimizer": optimizer, "row_update": update}
