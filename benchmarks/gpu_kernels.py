@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu_kernels [--json]`: the triton backend on a GPU, beside a copy and, where installed, FBGEMM.
 
 Needs torch and Triton alone.  Tables of 4 GB of float32 in all (far more than any L2 cache), rowwise Adagrad, widths 32
-to 256, 1 to 100 ids per bag, uniform and Zipf 1.2.  A rate is the bytes that the work cannot do without, per second of the
-GPU's clock:
+to 256, 1 to 100 ids per bag, uniform and Zipf 1.2.  A rate is the bytes that the work cannot do without, per second of
+the GPU's clock:
 
     forward             each id 8, each row that is looked up 4 D, each output 4 D
     backward + update   each id 8, the gradient of each bag 4 D, each different row read and written 8 D, its state 8

@@ -333,11 +333,16 @@ def bench_data(as_json: Json = False) -> None:
 
 
 @bench.command("kernels")
-def bench_kernels(as_json: Json = False) -> None:
-    """The embedding kernels beside FBGEMM's, torch.nn.EmbeddingBag and a plain gather loop."""
-    from benchmarks import kernels
+def bench_kernels(
+    as_json: Json = False,
+    device: Annotated[str, typer.Option("--device", help='"cpu", or "cuda": the Triton kernels, on a GPU.')] = "cpu",
+) -> None:
+    """The embedding kernels beside FBGEMM's, torch.nn.EmbeddingBag and a plain gather loop (on a GPU: a copy)."""
+    from benchmarks import gpu_kernels, kernels
 
-    raise typer.Exit(kernels.main(json=as_json) or 0)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r}: there are cpu and cuda", param_hint="--device")
+    raise typer.Exit((gpu_kernels.main(as_json=as_json) if device == "cuda" else kernels.main(json=as_json)) or 0)
 
 
 def print_error(message: str) -> None:
