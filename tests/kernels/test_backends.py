@@ -152,8 +152,7 @@ def test_threads_do_not_matter(backend, pooling):
     if not serves(backend, spec):
         spec = Spec(tables=tables[1:], pooling=pooling)
     spec = serve(backend, spec)
-    bags = 40 if backend == "triton" else 257  # Triton's interpreter is slow
-    batches = [batch(spec, bags=bags, longest=20, seed=seed) for seed in range(2)]
+    batches = [batch(spec, bags=257, longest=20, seed=seed) for seed in range(2)]
     before = torch.get_num_threads()
     found = []
     try:
