@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
-from trainer.data.assemble import Filling, join_bags, take_bags
-from trainer.data.base import Bags, Columns, Shape, Sink
+from trainer.data.assemble import Frame, Piece, Run, fill
+from trainer.data.base import Bags, Columns, Shape
 from trainer.data.loader import Assembler, Batches, Once, visits
 from trainer.data.memory import Pool
 from trainer.data.order import Order
@@ -32,7 +32,7 @@ class Numbers:
     def check(self) -> None:
         pass
 
-    def read(self, row_group: int, sink: Sink) -> None:
+    def read(self, row_group: int) -> Columns:
         with self._lock:
             self.reads.append(row_group)
             self._now += 1
@@ -44,9 +44,9 @@ class Numbers:
         start = sum(self.row_groups[:row_group])
         numbers = np.arange(start, start + self.row_groups[row_group])
         floats = numbers.astype(np.float32)
-        sink.put(Columns(numbers=[floats, floats], ids=[numbers.astype(np.int32)], holes=[False]))
         with self._lock:
             self._now -= 1
+        return Columns(numbers=[floats, floats], ids=[numbers.astype(np.int32)], holes=[False])
 
 
 def loader(source: Numbers, *, streams: int = 4, batch_size: int = 16, start_step: int = 0, **options) -> Batches:
@@ -143,13 +143,15 @@ def test_a_row_group_that_streams_share_is_decoded_once():
     assert sorted(source.reads) == [0, 1, 2]
 
 
-def test_a_row_group_that_a_stream_needs_much_later_is_decoded_again(monkeypatch):
+@pytest.mark.parametrize(("kept", "times"), [(49, 2), (50, 1)])
+def test_rows_that_a_stream_needs_much_later_are_kept_or_decoded_again(monkeypatch, kept, times):
     monkeypatch.setattr("trainer.data.loader.BLOCK_ROWS", 8)
+    monkeypatch.setattr("trainer.data.loader.KEPT_ROWS", kept)
     source = Numbers((100,) * 5)
     rows = [row for batch in loader(source, streams=2, batch_size=4) for row in batch.row_B.tolist() if row >= 0]
     assert sorted(rows) == list(range(500))
     counts = np.bincount(source.reads)
-    assert sorted(counts) == [1, 1, 1, 1, 2], "the one in the middle ends stream 0 and begins stream 1"
+    assert sorted(counts) == [1, 1, 1, 1, times], "the one in the middle ends stream 0 and begins stream 1"
 
 
 def test_a_seek_decodes_only_what_is_ahead():
@@ -183,47 +185,97 @@ def as_bags(lists: list[list[int]], dtype=np.int32) -> Bags:
     return Bags(np.array([i for b in lists for i in b], dtype), offsets)
 
 
-def as_lists(found: Bags) -> list[list[int]]:
-    return [found.values[a:b].tolist() for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
-
-
-@given(bags, st.randoms(use_true_random=False))
-def test_taking_bags(lists, random):
-    index = list(range(len(lists)))
-    random.shuffle(index)
-    assert as_lists(take_bags(as_bags(lists), np.array(index, np.uint32), Pool())) == [lists[i] for i in index]
-
-
-@given(bags, bags, st.data())
-def test_joining_and_slicing_bags(one, two, data):
-    joined = join_bags([as_bags(one), as_bags(two)], Pool())
-    assert as_lists(joined) == one + two
-    start = data.draw(st.integers(0, len(one + two)))
-    stop = data.draw(st.integers(start, len(one + two)))
-    assert as_lists(joined.slice(start, stop)) == (one + two)[start:stop]
-
-
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("ends", [(4,), (2, 4), (1, 2, 4)])
-@pytest.mark.parametrize("index", [None, (2, 0, 3, 1)])
-def test_the_example_of_a_filling(wide, ends, index):
-    shape = Shape(features=("a", "b"), multi_hot=(False, True), dense=1, labels=0, weighted=True, wide=wide)
-    ids, lists = [10, 11, 12, -1], [[1], [2, 3], [], [4]]
-    columns = Columns(  # of a row group that has a row before the block and one after it
-        numbers=[np.arange(6, dtype=np.float32) + column for column in (0, 1)],
-        ids=[np.array([0, *ids, 0], shape.id_dtype), as_bags([[9], *lists, []], shape.id_dtype)],
-        holes=[True, False],
+@st.composite
+def blocks(draw):
+    """A shape, the rows of a block in pieces of row groups, its shuffle, and where its places go in which batches."""
+    kinds = draw(st.lists(st.sampled_from(["small", "large", "bags"]), min_size=1, max_size=7))
+    dense, labels = draw(st.sampled_from([0, 1, 13, 15, 16, 17, 33])), draw(st.integers(0, 2))
+    shape = Shape(
+        features=tuple(f"f{i}" for i in range(len(kinds))),
+        multi_hot=tuple(kind == "bags" for kind in kinds),
+        dense=dense,
+        labels=labels,
+        weighted=draw(st.booleans()),
+        wide=draw(st.booleans()),
+        small=tuple(kind == "small" for kind in kinds),
     )
-    filling = Filling(shape, 4, None if index is None else np.array(index, np.uint32), len(ends) == 1, Pool())
-    for start, stop in reversed(list(zip((0, *ends[:-1]), ends, strict=True))):
-        filling.put(columns, start + 1, stop + 1, start, 100)
-    block = filling.finish()
-    order = index or range(4)
-    assert block.ids_Gn.tolist() == [[ids[i] for i in order]] and block.ids_Gn.dtype == shape.id_dtype
-    assert block.holes
-    assert as_lists(block.bags[0]) == [lists[i] for i in order]
-    assert block.numbers_Mn.tolist() == [[i + 1 for i in order], [i + 2 for i in order]]
-    assert block.row_n.tolist() == [101 + i for i in order]
+    sizes = draw(st.lists(st.integers(1, 150), min_size=1, max_size=3))
+    rows = sum(sizes)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    index = None if draw(st.booleans()) else rng.permutation(rows).astype(np.uint32)
+    ends = sorted({*rng.integers(1, rows + 1, draw(st.integers(0, 3))).tolist(), rows})
+    batch_rows = draw(st.sampled_from([rows, rows + 3, -(-rows // 64) * 64 + 64]))
+    return shape, sizes, rng, index, ends, batch_rows, draw(st.booleans())
+
+
+@given(blocks())
+@settings(max_examples=60, deadline=None)
+def test_a_block_goes_where_the_shuffle_puts_it(case):
+    """Against numpy, for every kind of column, pieces in any order with rows around them, runs of several batches."""
+    shape, sizes, rng, index, ends, batch_rows, holes = case
+    rows, dtype = sum(sizes), shape.id_dtype
+    highest = {"small": 1 << 15, "large": (1 << 40) if shape.wide else (1 << 31) - 1}
+    numbers = rng.random((shape.numbers, rows), np.float32)
+    ids = []
+    for f, many in enumerate(shape.multi_hot):
+        if many:
+            ids.append([rng.integers(0, 99, rng.integers(0, 4)).tolist() for _ in range(rows)])
+        else:
+            column = rng.integers(0, highest["small" if shape.small[f] else "large"], rows)
+            ids.append(np.where(holes & (rng.random(rows) < 0.2), -1, column).astype(dtype))
+    pieces, row_numbers, at = [], [], 0
+    for p, size in enumerate(sizes):
+        before, after, stop = p, 2 * p, at + size
+        pad = lambda column: np.concatenate([column[:1]] * before + [column[at:stop]] + [column[:1]] * after)  # noqa: E731,B023
+        columns = Columns(
+            numbers=[pad(column) for column in numbers],
+            ids=[
+                as_bags([[5]] * before + column[at:stop] + [[6]] * after, dtype) if many else pad(column)
+                for column, many in zip(ids, shape.multi_hot, strict=True)
+            ],
+            holes=[holes and not many for many in shape.multi_hot],
+        )
+        piece = Piece(columns, before, before + size, at, 1000 * p)
+        pieces.append(piece.copy(Pool()) if p == 1 else piece)
+        row_numbers += range(1000 * p + before, 1000 * p + before + size)
+        at = stop
+    frames, runs, first = [], [], 0
+    for end in ends:  # each batch holds one run, in its middle
+        frames.append(Frame(shape, batch_rows, False, Pool()))
+        runs.append(Run(frames[-1], (batch_rows - (end - first)) // 2, first, end - first))
+        first = end
+    fill(pieces[::-1], index, runs, shape, Pool())
+    order = np.arange(rows) if index is None else index
+    for run in runs:
+        batch = run.frame.batch(7)
+        inside, source = slice(run.at, run.at + run.rows), order[run.first : run.first + run.rows]
+        padding = np.ones(batch_rows, bool)
+        padding[inside] = False
+        assert np.array_equal(batch.dense_BK[inside].numpy(), numbers[: shape.dense, source].T)
+        assert np.array_equal(
+            batch.labels_BT[inside].numpy(), numbers[shape.dense : shape.dense + shape.labels, source].T
+        )
+        assert np.array_equal(
+            batch.weight_B[inside].numpy(), numbers[-1, source] if shape.weighted else np.ones(run.rows)
+        )
+        assert batch.row_B[inside].tolist() == [row_numbers[i] for i in source]
+        assert (batch.row_B.numpy()[padding] == -1).all() and (batch.weight_B.numpy()[padding] == 0).all()
+        for name, column, many in zip(shape.features, ids, shape.multi_hot, strict=True):
+            jagged = batch.ids[name]
+            expected = [[]] * run.at + [column[i] if many else [int(column[i])] * int(column[i] >= 0) for i in source]
+            expected += [[]] * (batch_rows - len(expected))
+            assert jagged.lengths().tolist() == [len(bag) for bag in expected]
+            assert jagged.values().tolist() == [i for bag in expected for i in bag]
+
+
+@given(bags, st.data())
+def test_slicing_bags(lists, data):
+    start = data.draw(st.integers(0, len(lists)))
+    stop = data.draw(st.integers(start, len(lists)))
+    found = as_bags(lists).slice(start, stop)
+    assert [found.values[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == lists[
+        start:stop
+    ]
 
 
 def test_memory_comes_back_when_the_last_view_is_gone():

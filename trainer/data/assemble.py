@@ -1,17 +1,17 @@
-"""Decoded rows -> shuffled blocks -> batches: whole columns at a time, all results in recycled memory.
+"""Pieces of decoded row groups -> shuffled rows of batches, all results in recycled memory.
 
-A row group is copied into the blocks it belongs to right after it was decoded, column by column, so that a column's
-part of a block stays in the CPU's cache while its rows go where the shuffle puts them.  A batch is then made of slices,
-which are runs of every column: ids are widened and features stored one after the other, as KeyedJaggedTensor wants
-them, numbers become rows.  The loops are in `compiled.py`, one call for all columns.
+A block, a run of consecutive rows of one stream, is shuffled straight into the batches that its rows belong to: those
+are `Frame`s until every stream's rows are in.  Ids are widened and stored feature by feature, as KeyedJaggedTensor
+wants them; numbers become rows.  The loops are in `compiled.py`, a call for all columns of a block.
 
 Letters in shapes: n rows of a block, B rows of this rank's batch, K dense inputs, T labels, M = K + T (+ 1 weight), F
-features, G features with one id or none per row, H multi-hot features, S slices, N ids.
+features, G features with one id or none per row, H multi-hot features, P pieces, C and S runs of rows, J groups of
+columns, N ids.
 """
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,213 +19,247 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.data import compiled
-from trainer.data.base import Bags, Columns, Shape
+from trainer.data.base import Bags, Columns, Shape, address
 from trainer.data.batch import Batch
-from trainer.data.compiled import NOTHING, addresses, u64
+from trainer.data.compiled import IN_ORDER, u64
 from trainer.data.memory import Pool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """n shuffled rows of one stream."""
+class Piece(NamedTuple):
+    """Rows start .. stop-1 of a row group, which stand at place `at` and after it of a block before its shuffle."""
 
-    ids_Gn: np.ndarray  # `Shape.id_dtype`, -1 where the bag is empty
-    holes: bool  # whether there may be a -1
-    bags: tuple[Bags, ...]  # of the multi-hot features
-    numbers_Mn: np.ndarray  # float32
-    row_n: np.ndarray  # int64, row numbers in the split
-
-    @cached_property
-    def addresses(self) -> tuple[int, int, int, int, int]:
-        """Of ids, numbers and row numbers; n; bytes of an id.  Kept: a batch needs them of every stream's block."""
-        ids = self.ids_Gn
-        return _address(ids), _address(self.numbers_Mn), _address(self.row_n), len(self.row_n), ids.itemsize
-
-
-class Filling:
-    """A block into which pieces of row groups are put, each where it stands in the stream, from several threads.
-
-    index: (n,) uint32, a permutation: row i of the finished block is row index[i] of what was put; None: as put.
-    whole: it is all one piece.
-
-    Example: index 2 0 3 1; rows a b put at 0 and c d at 2 make the block c a d b.
-    """
-
-    def __init__(self, shape: Shape, rows: int, index: np.ndarray | None, whole: bool, pool: Pool):
-        self._index, self._whole, self._pool = index, whole, pool
-        self._single = [f for f, many in enumerate(shape.multi_hot) if not many]
-        self._holes = False
-        self._bags: dict[int, list[tuple[int, Bags]]] = {f: [] for f, many in enumerate(shape.multi_hot) if many}
-        self._ids_Gn, self._numbers_Mn, self._row_n = pool.arrays(
-            ((len(self._single), rows), shape.id_dtype), ((shape.numbers, rows), np.float32), (rows, np.int64)
-        )
-
-    def put(self, columns: Columns, start: int, stop: int, at: int, first_row: int) -> None:
-        """Rows start .. stop-1 of a row group stand at `at`; its first row has the number first_row in the split."""
-        rows, index, place, to = u64(stop - start), NOTHING, NOTHING, 0
-        if self._index is None:
-            to = at
-        elif self._whole:
-            index = self._index
-        else:
-            place, index = self._pool.arrays(*[(stop - start + 1, np.uint32)] * 2)
-            compiled.pick(self._index, u64(at), u64(at + stop - start), place, index)
-        compiled.number_rows(self._row_n, u64(to), rows, u64(first_row + start), index, place)
-        single = [columns.ids[f] for f in self._single]
-        assert all(column.dtype == self._ids_Gn.dtype for column in single)
-        from_C = addresses(columns.numbers) + u64(4 * start)
-        to_C = _rows(self._numbers_Mn) + u64(4 * to)
-        size = self._ids_Gn.itemsize
-        from_G, to_G = addresses(single) + u64(size * start), _rows(self._ids_Gn) + u64(size * to)
-        if size == 4:
-            from_C, to_C = np.concatenate([from_C, from_G]), np.concatenate([to_C, to_G])
-        else:
-            compiled.gather_wide(from_G, to_G, rows, index, place)
-        compiled.gather(from_C, to_C, rows, index, place, self._pool.array(stop - start, np.uint64))
-        for feature, parts in self._bags.items():
-            bags = columns.ids[feature].slice(start, stop)
-            if self._whole and self._index is not None:
-                parts.append((at, take_bags(bags, self._index, self._pool)))
-            else:
-                parts.append((at, Bags(self._pool.copy(bags.values), self._pool.copy(bags.offsets))))
-        if any(columns.holes):
-            self._holes = True
-
-    def finish(self) -> Block:
-        """The block, once every piece has been put; called once."""
-        found = []
-        for parts in self._bags.values():
-            bags = join_bags([part for _, part in sorted(parts, key=lambda p: p[0])], self._pool)
-            done = self._whole or self._index is None
-            found.append(bags if done else take_bags(bags, self._index, self._pool))
-        return Block(
-            ids_Gn=self._ids_Gn,
-            holes=self._holes,
-            bags=tuple(found),
-            numbers_Mn=self._numbers_Mn,
-            row_n=self._row_n,
-        )
-
-
-class Target(NamedTuple):
-    """Rows start .. stop-1 of a row group go to place `at` of a block."""
-
-    filling: Filling
+    columns: Columns
     start: int
     stop: int
     at: int
+    first_row: int  # number of the row group's first row in the split
+
+    def copy(self, pool: Pool) -> "Piece":
+        """The same rows in memory of their own: what else the row group holds need not be kept for them."""
+
+        def kept(column: np.ndarray | Bags) -> np.ndarray | Bags:
+            if isinstance(column, np.ndarray):
+                return pool.copy(column[self.start : self.stop])
+            bags = column.slice(self.start, self.stop)
+            return Bags(pool.copy(bags.values), pool.copy(bags.offsets))
+
+        columns = Columns(
+            numbers=[kept(column) for column in self.columns.numbers],
+            ids=[kept(column) for column in self.columns.ids],
+            holes=self.columns.holes,
+        )
+        return Piece(columns, 0, self.stop - self.start, self.at, self.first_row + self.start)
 
 
-class Scatter:
-    """The `Sink` of one row group: hands its rows on to the blocks they belong to.
-
-    first_row: number of its first row in the split.
-    """
-
-    def __init__(self, targets: list[Target], first_row: int):
-        self._targets, self._first_row = targets, first_row
-
-    def put(self, columns: Columns) -> None:
-        for filling, start, stop, at in self._targets:
-            filling.put(columns, start, stop, at, self._first_row)
-
-
-def join_bags(parts: list[Bags], pool: Pool) -> Bags:
-    if len(parts) == 1:
-        return parts[0]
-    values = pool.array(sum(len(part.values) for part in parts), parts[0].values.dtype)
-    np.concatenate([part.values for part in parts], out=values)
-    offsets = pool.array(sum(len(part.offsets) - 1 for part in parts) + 1, np.int64)
-    offsets[0] = 0
-    np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]), out=offsets[1:])
-    return Bags(values, offsets)
-
-
-def take_bags(bags: Bags, index: np.ndarray, pool: Pool) -> Bags:
-    """The bags in the order of `index`, (n,) uint32.  Example: bags [7 8] [] [9] and index 2 1 0 give [9] [] [7 8]."""
-    values = pool.array(len(bags.values), bags.values.dtype)
-    offsets = pool.array(len(index) + 1, np.int64)
-    compiled.take_bags(u64(_address(bags.values)), bags.offsets, index, bags.values.dtype.type(0), values, offsets)
-    return Bags(values, offsets)
-
-
-class Slice(NamedTuple):
-    """Rows start .. stop-1 of a block, standing at `at` and after it in the batch."""
+class BagRun(NamedTuple):
+    """Rows first .. first+rows-1 of the shuffled multi-hot features of a block are the batch's rows from `at` on."""
 
     at: int
-    block: Block
-    start: int
-    stop: int
+    bags: tuple[Bags, ...]
+    first: int
+    rows: int
 
 
-def build(slices: list[Slice], shape: Shape, rows: int, rows_in_step: int, pool: Pool) -> Batch:
-    """A batch of `rows` rows out of slices of blocks, in the batch's order; places that none covers are padding."""
-    features, covered = len(shape.features), sum(s.stop - s.start for s in slices) == rows
-    one_id_per_bag = covered and not any(shape.multi_hot) and not any(s.block.holes for s in slices)
-    dense_BK, labels_BT, weight_B, row_B, id_FB = pool.arrays(
-        ((rows, shape.dense), np.float32),
-        ((rows, shape.labels), np.float32),
-        (rows, np.float32),
+class Frame:
+    """A batch that is being filled, by several threads, each at rows of its own.
+
+    covered: whether every row will be filled; if not, those that are left are padding: weight 0, row -1, empty bags.
+    """
+
+    def __init__(self, shape: Shape, rows: int, covered: bool, pool: Pool):
+        self._shape, self.rows, self._pool = shape, rows, pool
+        self._id_GB, self._dense_BK, self._labels_BT, self._weight_B, self._row_B = pool.arrays(
+            ((shape.multi_hot.count(False), rows), np.int64),
+            ((rows, shape.dense), np.float32),
+            ((rows, shape.labels), np.float32),
+            (rows, np.float32),
+            (rows, np.int64),
+        )
+        self._holes = [not covered] * len(self._id_GB)
+        self._bags: list[BagRun] = []
+        if not covered:
+            self._id_GB.fill(-1)
+            self._row_B.fill(-1)
+            for array in (self._dense_BK, self._labels_BT, self._weight_B):
+                array.fill(0)
+        arrays = self._id_GB, self._dense_BK, self._labels_BT, self._weight_B, self._row_B
+        self.addresses = tuple(address(array) for array in arrays)  # in the order of `compiled.IDS` and those after it
+
+    def add_bags(self, run: BagRun) -> None:
+        self._bags.append(run)
+
+    def add_hole(self, g: int) -> None:
+        self._holes[g] = True
+
+    def batch(self, rows_in_step: int) -> Batch:
+        """The finished batch; called once, when every block it lies in has been filled in."""
+        shape, rows = self._shape, self.rows
+        if not any(shape.multi_hot) and not any(self._holes):
+            count = len(shape.features)
+            ids = _keyed(shape.features, self._id_GB.reshape(-1), _ones(count * rows), [rows] * count, rows)
+        else:
+            ids = self._jagged()
+        return Batch(
+            dense_BK=torch.from_numpy(self._dense_BK),
+            ids=ids,
+            labels_BT=torch.from_numpy(self._labels_BT),
+            weight_B=torch.from_numpy(self._weight_B),
+            row_B=torch.from_numpy(self._row_B),
+            rows_in_step=rows_in_step,
+        )
+
+    def _jagged(self) -> KeyedJaggedTensor:
+        shape, rows = self._shape, self.rows
+        runs = sorted(self._bags, key=lambda run: run.at)
+        single, many = itertools.count(), itertools.count()
+        column_F = np.array([next(many if multi_hot else single) for multi_hot in shape.multi_hot], np.uint64)
+        multi_hot_F, hole_G = np.array(shape.multi_hot, bool), np.array(self._holes, bool)
+        at_S = np.array([run.at for run in runs], np.uint64)
+        rows_S = np.array([run.rows for run in runs], np.uint64)
+        shape_SH = len(runs), sum(shape.multi_hot)
+        value_SH = np.array([address(b.values) for run in runs for b in run.bags], np.uint64).reshape(shape_SH)
+        offset_SH = np.array([address(b.offsets) + 8 * run.first for run in runs for b in run.bags], np.uint64).reshape(
+            shape_SH
+        )
+        length_FB = self._pool.array((len(shape.features), rows), np.int32)
+        ids_F = np.empty(len(shape.features), np.uint64)
+        compiled.bag_lengths(column_F, multi_hot_F, self._id_GB, hole_G, at_S, rows_S, offset_SH, length_FB, ids_F)
+        ids_per_key = ids_F.tolist()
+        values_N = self._pool.array(sum(ids_per_key) + 1, np.int64)
+        word = shape.id_dtype.type(0)
+        compiled.fill_bags(column_F, multi_hot_F, self._id_GB, hole_G, rows_S, offset_SH, value_SH, word, values_N)
+        lengths = torch.from_numpy(length_FB.reshape(-1))
+        return _keyed(shape.features, values_N[:-1], lengths, ids_per_key, rows)
+
+
+class Run(NamedTuple):
+    """Places first .. first+rows-1 of a shuffled block are the frame's rows from `at` on."""
+
+    frame: Frame
+    at: int
+    first: int
+    rows: int
+
+
+def fill(pieces: list[Piece], index: np.ndarray | None, runs: list[Run], shape: Shape, pool: Pool) -> None:
+    """Shuffle a block into the frames of the batches that its rows belong to.
+
+    pieces: of row groups, that together are the block.
+    index: (n,) uint32, a permutation: place i takes row index[i] of the block; None: row i.
+    runs: where its places belong, in any order.
+
+    Example: pieces [a b] and [c d], index 2 0 3 1: the shuffled block is c a d b.
+    """
+    pieces = sorted(pieces, key=lambda piece: piece.at)
+    rows_P = np.array([piece.stop - piece.start for piece in pieces], np.uint64)
+    rows = int(rows_P.sum())
+    index_n = IN_ORDER if index is None else index
+    assert index is None or len(index) == rows
+    layout = _layout(shape)
+    run_C = np.array([(run.first, run.rows, *run.frame.addresses) for run in runs], np.uint64)
+    run_C[:, 2:] += np.array([run.at for run in runs], np.uint64)[:, None] * layout.bytes_to_next_row
+    dtype = shape.id_dtype
+    word_n, part_64, record_n, number_n = pool.arrays(
+        (rows, np.uint64),
+        (64, np.uint64),
+        ((rows + 1) * -(-shape.numbers // 16) * 16, np.float32),
         (rows, np.int64),
-        ((features if one_id_per_bag else 0, rows), np.int64),
     )
-    if not covered:
-        for array in (dense_BK, labels_BT, weight_B):
-            array.fill(0)
-        row_B.fill(-1)
-    slice_S = _table(slices)
-    compiled.fill_rows(slice_S, dense_BK, labels_BT, weight_B, row_B, shape.weighted)
-    if one_id_per_bag:
-        compiled.fill_ids(slice_S, shape.id_dtype.type(0), id_FB)
-        ids = _keyed(shape.features, id_FB.reshape(-1), _ones(features * rows), [rows] * features, rows)
-    else:
-        ids = _bags(slices, slice_S, shape, rows, pool)
-    return Batch(
-        dense_BK=torch.from_numpy(dense_BK),
-        ids=ids,
-        labels_BT=torch.from_numpy(labels_BT),
-        weight_B=torch.from_numpy(weight_B),
-        row_B=torch.from_numpy(row_B),
-        rows_in_step=rows_in_step,
+    addresses_P = [piece.columns.addresses for piece in pieces]
+    start_P1 = np.array([[piece.start] for piece in pieces], np.uint64)
+    column_PG = np.stack([ids[layout.single] for _, ids in addresses_P]) + start_P1 * u64(dtype.itemsize)
+    column_PM = np.stack([numbers for numbers, _ in addresses_P]) + start_P1 * u64(4)
+    stride = 8 * runs[0].frame.rows
+    compiled.fill_ids(
+        column_PG,
+        rows_P,
+        index_n,
+        run_C,
+        u64(stride),
+        layout.lanes_J,
+        layout.column_J4,
+        dtype.type(0),
+        word_n,
+        part_64,
+    )
+    first_P = np.array([piece.first_row + piece.start for piece in pieces], np.uint64)
+    compiled.fill_rows(
+        column_PM, rows_P, first_P, index_n, run_C, u64(shape.dense), u64(shape.labels), record_n, number_n
+    )
+    bags = tuple(_take_bags([_piece_of_bags(piece, f) for piece in pieces], index_n, pool) for f in layout.multi_hot)
+    holes = [g for g, f in enumerate(layout.single) if any(piece.columns.holes[f] for piece in pieces)]
+    for run in runs:
+        if bags:
+            run.frame.add_bags(BagRun(run.at, bags, run.first, run.rows))
+        for g in holes:
+            run.frame.add_hole(g)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What follows from a shape.
+
+    single, multi_hot: the features with at most one id in a row, and the others.
+    bytes_to_next_row: (5,) uint64, in a frame's arrays.
+    lanes_J, column_J4: see `compiled.fill_ids`.
+    """
+
+    single: np.ndarray
+    multi_hot: tuple[int, ...]
+    bytes_to_next_row: np.ndarray
+    lanes_J: np.ndarray
+    column_J4: np.ndarray
+
+
+@lru_cache(maxsize=16)
+def _layout(shape: Shape) -> _Layout:
+    single = tuple(f for f, many in enumerate(shape.multi_hot) if not many)
+    small = [g for g, f in enumerate(single) if shape.small and shape.small[f]]
+    other = [g for g in range(len(single)) if g not in small]
+    groups = [(4, group) for group in _in_groups(small, 4)]
+    size = 1 if shape.wide else 2
+    groups += [(size, group) for group in _in_groups(other, size)]
+    return _Layout(
+        single=np.array(single, np.int64),
+        bytes_to_next_row=np.array([8, 4 * shape.dense, 4 * shape.labels, 4, 8], np.uint64),
+        multi_hot=tuple(f for f, many in enumerate(shape.multi_hot) if many),
+        lanes_J=np.array([lanes for lanes, _ in groups], np.uint64),
+        column_J4=np.array([(*group, *[group[-1]] * (4 - len(group))) for _, group in groups], np.uint64).reshape(
+            -1, 4
+        ),
     )
 
 
-def _table(slices: list[Slice]) -> np.ndarray:
-    """The slices as the kernels know them: (S, 7) uint64, see `compiled.AT` and those after it."""
-    table = []
-    for at, block, start, stop in slices:
-        ids, numbers, row, rows, size = block.addresses
-        table.append((at, stop - start, ids + start * size, rows * size, numbers + start * 4, rows, row + start * 8))
-    return np.array(table, np.uint64).reshape(-1, 7)
+def _in_groups(columns: list[int], size: int) -> list[list[int]]:
+    return [columns[i : i + size] for i in range(0, len(columns), size)]
 
 
-def _rows(matrix: np.ndarray) -> np.ndarray:
-    """The addresses of a matrix's rows."""
-    return u64(_address(matrix)) + np.arange(len(matrix), dtype=np.uint64) * u64(matrix.strides[0])
+def _piece_of_bags(piece: Piece, feature: int) -> Bags:
+    bags = piece.columns.ids[feature]
+    return Bags(bags.values, bags.offsets[piece.start : piece.stop + 1])
 
 
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
-
-
-def _bags(slices: list[Slice], slice_S: np.ndarray, shape: Shape, rows: int, pool: Pool) -> KeyedJaggedTensor:
-    length_FB = pool.array((len(shape.features), rows), np.int32)
-    length_FB.fill(0)
-    single, many = itertools.count(), itertools.count()
-    column_F = np.array([next(many if multi_hot else single) for multi_hot in shape.multi_hot], np.uint64)
-    multi_hot_F = np.array(shape.multi_hot, bool)
-    shape_SH = len(slices), sum(shape.multi_hot)
-    value_SH = np.array([_address(b.values) for s in slices for b in s.block.bags], np.uint64).reshape(shape_SH)
-    offset_SH = np.array([_address(b.offsets[s.start :]) for s in slices for b in s.block.bags], np.uint64).reshape(
-        shape_SH
+def _take_bags(parts: list[Bags], index_n: np.ndarray, pool: Pool) -> Bags:
+    """The bags of all parts, in the order of `index_n`.  Example: bags [7 8] [] [9], index 2 1 0: [9] [] [7 8]."""
+    dtype = parts[0].values.dtype
+    rows_P = np.array([len(part.offsets) - 1 for part in parts], np.uint64)
+    count = sum(int(part.offsets[-1] - part.offsets[0]) for part in parts)
+    rows = int(rows_P.sum())
+    values_N, offsets_n, start_n, count_n = pool.arrays(
+        (count, dtype), (rows + 1, np.int64), (rows, np.uint64), (rows, np.int64)
     )
-    ids_F = np.empty(len(shape.features), np.uint64)
-    word = shape.id_dtype.type(0)
-    compiled.bag_lengths(slice_S, word, column_F, multi_hot_F, offset_SH, length_FB, ids_F)
-    ids_per_key = ids_F.tolist()
-    values_N = pool.array(sum(ids_per_key) + 1, np.int64)
-    compiled.fill_bags(slice_S, word, column_F, multi_hot_F, offset_SH, value_SH, values_N)
-    return _keyed(shape.features, values_N[:-1], torch.from_numpy(length_FB.reshape(-1)), ids_per_key, rows)
+    compiled.take_bags(
+        np.array([address(part.values) for part in parts], np.uint64),
+        np.array([address(part.offsets) for part in parts], np.uint64),
+        rows_P,
+        index_n,
+        dtype.type(0),
+        start_n,
+        count_n,
+        values_N,
+        offsets_n,
+    )
+    return Bags(values_N, offsets_n)
 
 
 @lru_cache(maxsize=4)

@@ -7,9 +7,15 @@ Letters in shapes: n rows, N ids, K dense inputs, T labels.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+
+
+def address(array: np.ndarray) -> int:
+    """Of its first element."""
+    return array.__array_interface__["data"][0]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Shape:
     dense, labels: how many, K and T.
     weighted: whether rows have weights; else each counts 1.
     wide: whether an id may exceed int32.
+    small: for each feature, whether its ids are below 2**15, which makes them cheaper to move; default none.
     """
 
     features: tuple[str, ...]
@@ -42,6 +49,7 @@ class Shape:
     labels: int
     weighted: bool = False
     wide: bool = False
+    small: tuple[bool, ...] = ()
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -68,11 +76,11 @@ class Columns:
     ids: "list[np.ndarray | Bags]"
     holes: list[bool]
 
-
-class Sink(Protocol):
-    """Where a source puts what it decoded; it copies what it needs before it returns."""
-
-    def put(self, columns: Columns) -> None: ...
+    @cached_property
+    def addresses(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint64: where each column of numbers begins, and each of ids; 0 for Bags."""
+        ids = [0 if isinstance(column, Bags) else address(column) for column in self.ids]
+        return np.array([address(column) for column in self.numbers], np.uint64), np.array(ids, np.uint64)
 
 
 class Source(Protocol):
@@ -97,10 +105,10 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, row_group: int, sink: Sink) -> None:
-        """Decode row group number `row_group` of the split and give it to `sink`, once.
+    def read(self, row_group: int) -> Columns:
+        """Row group number `row_group` of the split, decoded, every value checked and the id policy applied.
 
-        Every value is checked and the id policy applied before.  Raises UserError naming column, file, row group
+        The arrays stay as they are while anyone holds them.  Raises UserError naming column, file, row group
         (numbered in its file) and row (numbered in the row group).
         """
         ...

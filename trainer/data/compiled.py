@@ -5,31 +5,25 @@ Indices are unsigned: signed ones cost a test for negative ones at every element
 slower.  The first call ever compiles (some seconds; `ready` does all of it), later processes read Numba's cache, which
 is beside this file, or under NUMBA_CACHE_DIR, or nowhere where no folder can be written to.
 
-Letters in shapes: n rows of a block, B rows of a batch, C columns, F features, H multi-hot features, S slices, K dense
-inputs, T labels, N ids.  A word is 4 bytes, or 8 for ids of wide tables.
+Letters in shapes: n rows of a block, P pieces of row groups that it is made of, C runs of its places that are rows of
+one batch, B rows of a batch, F features, G those with one id or none per row, H the multi-hot ones, J groups of
+columns, M columns of numbers, S runs of rows, N ids.  A word is 4 bytes, or 8 for ids of wide tables.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
 u64 = np.uint64
-NOTHING = np.empty(0, np.uint32)  # for `gather`: no index, no place
-TILE = u64(32)  # rows whose dense inputs are turned at once: 13 columns of them fit the CPU's first cache
+IN_ORDER = np.empty(0, np.uint32)  # the index that leaves everything where it is
+TILE = u64(64)  # rows whose numbers are turned at once: they fit the CPU's first cache
 
-# What the kernels below that fill batches know of a slice of a block, as columns of slice_S:
-AT = 0  # place of its first row in the batch
-ROWS = 1
-IDS, IDS_STRIDE = 2, 3  # address of its first id, bytes from one feature to the next
-NUMBERS, NUMBERS_STRIDE = 4, 5  # address of its first number, floats from one column to the next
-ROW = 6  # address of its first row number
-
-
-def addresses(columns: Iterable[np.ndarray]) -> np.ndarray:
-    """(C,) uint64: where each column begins.  Each has one dimension and no gaps."""
-    return np.array([column.__array_interface__["data"][0] for column in columns], np.uint64)
+# Columns of run_C.  A run is places of a block that are rows of one batch:
+FIRST, ROWS = 0, 1  # its first place, how many
+IDS, DENSE, LABELS, WEIGHT, ROW = 2, 3, 4, 5, 6  # addresses in the batch of its first row's: id of feature 0, ...
 
 
 def _kernel(function: Callable) -> Callable:
@@ -65,73 +59,175 @@ def highest(column_C, rows, mask, out_C):
         out_C[c] = found
 
 
-@_kernel
-def gather(from_C, to_C, rows, index_n, place_n, pair_n):
-    """Move `rows` 4-byte words of every column: to[place_n[i]] = from[index_n[i]]; empty index or place: i itself.
+def _vector_move(lanes, element, store_alignment, nontemporal=False, shifted=False):
+    """An intrinsic that moves one vector from an address to another, on the way shifted left, then right with sign."""
+    vector = ir.VectorType(element, lanes)
+    pointer = vector.as_pointer()
 
-    Two columns at a time are laid side by side in pair_n (`rows` words of 8 bytes, scratch): that reads them in order,
-    which is fast, and into the cache, and half as many reads then go all over the place.
-    Example: from 5 6 7, index 2 0, place 0 3: to[0] = 7, to[3] = 5.
+    def move(builder, source, target, left=None, right=None):
+        value = builder.load(builder.inttoptr(source, pointer), align=4)
+        if shifted:
+            value = builder.shl(value, _splat(builder, vector, left))
+            value = builder.ashr(value, _splat(builder, vector, right))
+        store = builder.store(value, builder.inttoptr(target, pointer), align=store_alignment)
+        if nontemporal:
+            store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+    if shifted:
+
+        @intrinsic
+        def moved(typing_context, source, target, left, right):
+            return types.void(source, target, left, right), lambda context, builder, _, args: _none(
+                context, move(builder, *args)
+            )
+    else:
+
+        @intrinsic
+        def moved(typing_context, source, target):
+            return types.void(source, target), lambda context, builder, _, args: _none(context, move(builder, *args))
+
+    return moved
+
+
+def _none(context, _):
+    return context.get_dummy_value()
+
+
+def _splat(builder, vector, scalar):
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
+
+
+# Eight ids from the cache to memory, past the cache: what is written is read a good deal later, and the lines that it
+# fills need not be read first.  The target must be at a multiple of 64.
+_stream_ids = _vector_move(8, ir.IntType(64), 64, nontemporal=True, shifted=True)
+_copy_16_floats = _vector_move(16, ir.FloatType(), 4)
+
+
+@intrinsic
+def _fence(typing_context):
+    """What was streamed is there for other threads from here on."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_kernel
+def fill_ids(column_PG, rows_P, index_n, run_C, stride, lanes_J, column_J4, word, word_n, part_64):
+    """The ids of a block to their places in batches, widened to 64 bits.
+
+    column_PG: addresses of the G columns of ids of the P pieces that make up the block; rows_P: their rows.
+    index_n: the place i of the block takes row index[i]; empty: row i.
+    run_C: `Runs` of places of the block, which are rows of batches; stride: bytes from one feature to the next there.
+    lanes_J, column_J4: which columns go together: 1, 2 or 4 at a time, the last one again where there are fewer.
+    word: int32 or int64, what ids come as.
+    word_n: scratch, a row's ids of one group side by side in 64 bits.  Filling it reads columns in order, which is
+        fast, and leaves it in the cache; so random reads are of the cache, and one of them serves 2 columns, or 4 of
+        ids below 2**15.  Rows of all columns side by side take too much cache.
+    part_64: scratch of 64 words at a multiple of 64 bytes.
     """
-    word, half = np.uint32(0), u64(32)
-    last = u64(len(from_C) - 1)
-    for c in range(u64(0), u64(len(from_C)), u64(2)):
-        other = min(c + u64(1), last)  # of an odd number, the last goes with itself
-        from_1, from_2 = carray(_pointer(from_C[c], word), (rows,)), carray(_pointer(from_C[other], word), (rows,))
-        to_1, to_2 = carray(_pointer(to_C[c], word), (rows,)), carray(_pointer(to_C[other], word), (rows,))
-        if len(index_n) == 0:
-            for i in range(rows):
-                to_1[i] = from_1[i]
-            for i in range(rows):
-                to_2[i] = from_2[i]
-            continue
-        for i in range(rows):
-            pair_n[i] = u64(from_1[i]) | u64(from_2[i]) << half
-        if len(place_n) == 0:
-            for i in range(rows):
-                pair = pair_n[index_n[i]]
-                to_1[i] = np.uint32(pair)
-                to_2[i] = np.uint32(pair >> half)
-        else:
-            for i in range(rows):
-                pair, place = pair_n[index_n[i]], place_n[i]
-                to_1[place] = np.uint32(pair)
-                to_2[place] = np.uint32(pair >> half)
+    one, four, eight, sixty_four = u64(1), u64(4), u64(8), u64(64)
+    part = part_64.ctypes.data
+    for j in range(u64(len(lanes_J))):
+        lanes = lanes_J[j]
+        bits = sixty_four // lanes
+        at = u64(0)
+        for p in range(u64(len(rows_P))):
+            rows = rows_P[p]
+            a = carray(_pointer(column_PG[p, column_J4[j, u64(0)]], word), (rows,))
+            b = carray(_pointer(column_PG[p, column_J4[j, u64(1)]], word), (rows,))
+            if lanes == one:
+                for i in range(rows):
+                    word_n[at + i] = u64(a[i])
+            elif lanes == four:
+                c = carray(_pointer(column_PG[p, column_J4[j, u64(2)]], word), (rows,))
+                d = carray(_pointer(column_PG[p, column_J4[j, u64(3)]], word), (rows,))
+                mask = u64(0xFFFF)
+                for i in range(rows):
+                    low = u64(a[i]) & mask | (u64(b[i]) & mask) << u64(16)
+                    word_n[at + i] = low | (u64(c[i]) & mask) << u64(32) | u64(d[i]) << u64(48)
+            else:
+                for i in range(rows):
+                    word_n[at + i] = u64(a[i]) & u64(0xFFFFFFFF) | u64(b[i]) << u64(32)
+            at += rows
+        for r in range(u64(len(run_C))):
+            first, rows = run_C[r, FIRST], run_C[r, ROWS]
+            start = run_C[r, IDS]
+            done = u64(0)
+            while done < rows:
+                count = min(sixty_four, rows - done)
+                if count == sixty_four and (start + done * eight) % sixty_four:
+                    count = (sixty_four - (start + done * eight) % sixty_four) // eight
+                if len(index_n):
+                    for i in range(count):
+                        part_64[i] = word_n[index_n[first + done + i]]
+                else:
+                    for i in range(count):
+                        part_64[i] = word_n[first + done + i]
+                for lane in range(lanes):
+                    if lane and column_J4[j, lane] == column_J4[j, lane - one]:
+                        continue
+                    to = start + column_J4[j, lane] * stride + done * eight
+                    left, right = sixty_four - bits * (lane + one), sixty_four - bits
+                    if count == sixty_four and stride % sixty_four == u64(0):
+                        for i in range(u64(0), sixty_four, eight):
+                            _stream_ids(u64(part) + i * eight, to + i * eight, left, right)
+                    else:
+                        out = carray(_pointer(to, np.int64(0)), (count,))
+                        for i in range(count):
+                            out[i] = np.int64(part_64[i] << left) >> np.int64(right)
+                done += count
+    _fence()
 
 
 @_kernel
-def gather_wide(from_C, to_C, rows, index_n, place_n):
-    """`gather` of words of 8 bytes."""
-    word = u64(0)
-    for c in range(u64(len(from_C))):
-        given, out = carray(_pointer(from_C[c], word), (rows,)), carray(_pointer(to_C[c], word), (rows,))
-        for i in range(rows):
-            out[place_n[i] if len(place_n) else i] = given[index_n[i] if len(index_n) else i]
+def fill_rows(column_PM, rows_P, first_P, index_n, run_C, dense, labels, record_n, number_n):
+    """Everything of a block but the ids, to its places in batches.
 
-
-@_kernel
-def number_rows(row_n, at, rows, first, index_n, place_n):
-    """The same move for the row numbers first, first+1, ...; without an index they go to `at` and after it."""
-    for i in range(rows):
-        if len(index_n) == 0:
-            row_n[at + i] = first + i
-        elif len(place_n) == 0:
-            row_n[i] = first + index_n[i]
-        else:
-            row_n[place_n[i]] = first + index_n[i]
-
-
-@_kernel
-def pick(index_n, low, high, place_n, source_n):
-    """Where the rows low .. high-1 of what `index_n` permutes end up, in rising order; source_n: counted from low.
-
-    Example: index 2 0 3 1, rows 2 and 3: places 0 2, sources 0 1.  Both results need one element to spare.
+    column_PM: addresses of the pieces' columns of numbers: dense inputs, labels, the weight where there is one.
+    first_P: number of each piece's first row.
+    record_n, number_n: scratch.  A row's numbers stand together in record_n, as many to a row as are a multiple of 16,
+        with a row to spare.
     """
-    found = u64(0)
-    for i in range(u64(len(index_n))):
-        place_n[found] = i
-        source_n[found] = index_n[i] - low
-        found += u64((index_n[i] >= low) & (index_n[i] < high))
+    columns, zero = u64(column_PM.shape[1]), u64(0)
+    width = (columns + u64(15)) // u64(16) * u64(16)
+    weighted = columns > dense + labels
+    begin = u64(0)
+    for p in range(u64(len(rows_P))):
+        rows = rows_P[p]
+        for tile in range(zero, rows, TILE):
+            for m in range(columns):
+                given = carray(_pointer(column_PM[p, m], np.float32(0)), (rows,))
+                for i in range(tile, min(tile + TILE, rows)):
+                    record_n[(begin + i) * width + m] = given[i]
+        for i in range(rows):
+            number_n[begin + i] = first_P[p] + i
+        begin += rows
+    records = u64(record_n.ctypes.data)
+    for r in range(u64(len(run_C))):
+        first, rows = run_C[r, FIRST], run_C[r, ROWS]
+        dense_BK = carray(_pointer(run_C[r, DENSE], np.float32(0)), (rows * dense,))
+        label_BT = carray(_pointer(run_C[r, LABELS], np.float32(0)), (rows * labels,))
+        weight_B = carray(_pointer(run_C[r, WEIGHT], np.float32(0)), (rows,))
+        row_B = carray(_pointer(run_C[r, ROW], np.int64(0)), (rows,))
+        whole = (dense + u64(15)) // u64(16) * u64(16)  # floats that are moved, the last few over the next row's
+        for i in range(rows):
+            at = u64(index_n[first + i]) if len(index_n) else first + i
+            record = at * width
+            if i * dense + whole <= rows * dense:
+                for k in range(zero, whole, u64(16)):
+                    _copy_16_floats(records + (record + k) * u64(4), run_C[r, DENSE] + (i * dense + k) * u64(4))
+            else:
+                for k in range(dense):
+                    dense_BK[i * dense + k] = record_n[record + k]
+            for t in range(labels):
+                label_BT[i * labels + t] = record_n[record + dense + t]
+            weight_B[i] = record_n[record + dense + labels] if weighted else np.float32(1)
+            row_B[i] = number_n[at]
 
 
 @_kernel
@@ -166,123 +262,106 @@ def bijection(constants, bits, size, out):
 
 
 @_kernel
-def take_bags(values, offset_n, index_n, word, out_N, out_offset_n):
-    """The bags in the order of `index_n`.  values: the address of the words that the offsets count.
+def take_bags(value_P, offset_P, rows_P, index_n, word, start_n, count_n, out_N, out_offset_n):
+    """The bags of several pieces as one, in the order of `index_n` (empty: as they are).
 
+    value_P, offset_P: addresses of the pieces' values and of the first of their rows' offsets (int64).
+    start_n, count_n: scratch.
     Example: the bags [7 8] [] [9] are values 7 8 9, offsets 0 2 2 3.  Index 2 1 0 gives [9] [] [7 8]: values 9 7 8,
     offsets 0 1 1 3.
     """
-    given = carray(_pointer(values, word), (u64(1),))
+    at = u64(0)
+    for p in range(u64(len(rows_P))):
+        offset = carray(_pointer(offset_P[p], np.int64(0)), (rows_P[p],))
+        for i in range(rows_P[p]):
+            start_n[at + i] = value_P[p] + u64(offset[i]) * u64(out_N.itemsize)
+            count_n[at + i] = offset[i + u64(1)] - offset[i]
+        at += rows_P[p]
     end = u64(0)
     out_offset_n[u64(0)] = 0
-    for i in range(u64(len(index_n))):
-        bag = u64(index_n[i])
-        for j in range(u64(offset_n[bag]), u64(offset_n[bag + u64(1)])):
-            out_N[end] = given[j]
-            end += u64(1)
+    for i in range(at):
+        bag = u64(index_n[i]) if len(index_n) else i
+        count = u64(count_n[bag])
+        given = carray(_pointer(start_n[bag], word), (count,))
+        for j in range(count):
+            out_N[end + j] = given[j]
+        end += count
         out_offset_n[i + u64(1)] = end
 
 
 @_kernel
-def fill_rows(slice_S, dense_BK, label_BT, weight_B, row_B, weighted):
-    """Everything of a batch but the ids, out of slices of blocks; see `trainer.data.assemble.build`."""
-    dense, labels = u64(dense_BK.shape[1]), u64(label_BT.shape[1])
-    for s in range(u64(len(slice_S))):
-        at, rows, stride = slice_S[s, AT], slice_S[s, ROWS], slice_S[s, NUMBERS_STRIDE]
-        number = carray(_pointer(slice_S[s, NUMBERS], np.float32(0)), (rows,))
-        row = carray(_pointer(slice_S[s, ROW], np.int64(0)), (rows,))
-        for first in range(u64(0), rows, TILE):
-            for k in range(dense):
-                for i in range(first, min(first + TILE, rows)):
-                    dense_BK[at + i, k] = number[k * stride + i]
-        for t in range(labels):
-            for i in range(rows):
-                label_BT[at + i, t] = number[(dense + t) * stride + i]
-        for i in range(rows):
-            weight_B[at + i] = number[(dense + labels) * stride + i] if weighted else np.float32(1)
-        for i in range(rows):
-            row_B[at + i] = row[i]
-
-
-@_kernel
-def fill_ids(slice_S, word, id_FB):
-    """The ids of a batch whose every bag holds one, widened to 64 bits.  word: int32 or int64."""
-    for f in range(u64(id_FB.shape[0])):
-        for s in range(u64(len(slice_S))):
-            at, rows = slice_S[s, AT], slice_S[s, ROWS]
-            given = carray(_pointer(slice_S[s, IDS] + f * slice_S[s, IDS_STRIDE], word), (rows,))
-            for i in range(rows):
-                id_FB[f, at + i] = given[i]
-
-
-@_kernel
-def bag_lengths(slice_S, word, column_F, multi_hot_F, offset_SH, length_FB, ids_F):
+def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, at_S, rows_S, offset_SH, length_FB, ids_F):
     """How many ids each bag of a batch holds, and each feature in all.
 
     column_F: a feature's place among those with one id or none per row, or among the multi-hot ones.
-    offset_SH: addresses of the offsets (int64) of the slice's first bag.
+    at_S, rows_S: the runs of rows that multi-hot features are in; offset_SH: addresses of the offsets (int64) of their
+        first bags.  Rows in none have empty bags.
     """
     for f in range(u64(len(column_F))):
         ids = u64(0)
-        for s in range(u64(len(slice_S))):
-            at, rows = slice_S[s, AT], slice_S[s, ROWS]
-            if multi_hot_F[f]:
+        if multi_hot_F[f]:
+            for i in range(u64(length_FB.shape[1])):
+                length_FB[f, i] = 0
+            for s in range(u64(len(at_S))):
+                at, rows = at_S[s], rows_S[s]
                 offset = carray(_pointer(offset_SH[s, column_F[f]], np.int64(0)), (rows,))
                 for i in range(rows):
                     length_FB[f, at + i] = offset[i + u64(1)] - offset[i]
                 ids += u64(offset[rows] - offset[u64(0)])
-            else:
-                given = carray(_pointer(slice_S[s, IDS] + column_F[f] * slice_S[s, IDS_STRIDE], word), (rows,))
-                there = u64(0)
-                for i in range(rows):
-                    length_FB[f, at + i] = given[i] >= 0
-                    there += u64(given[i] >= 0)
-                ids += there
+        elif hole_G[column_F[f]]:
+            for i in range(u64(length_FB.shape[1])):
+                there = id_GB[column_F[f], i] >= 0
+                length_FB[f, i] = there
+                ids += u64(there)
+        else:
+            ids = u64(length_FB.shape[1])
+            for i in range(ids):
+                length_FB[f, i] = 1
         ids_F[f] = ids
 
 
 @_kernel
-def fill_bags(slice_S, word, column_F, multi_hot_F, offset_SH, value_SH, out_N):
+def fill_bags(column_F, multi_hot_F, id_GB, hole_G, rows_S, offset_SH, value_SH, word, out_N):
     """The ids of a batch, feature by feature; the lengths come from `bag_lengths`.  out_N has one element to spare.
 
-    value_SH: addresses of the values that the offsets count.
+    value_SH: addresses of the values (words) that the offsets count.
     """
     end = u64(0)
     for f in range(u64(len(column_F))):
-        for s in range(u64(len(slice_S))):
-            rows = slice_S[s, ROWS]
-            if multi_hot_F[f]:
-                offset = carray(_pointer(offset_SH[s, column_F[f]], np.int64(0)), (rows,))
+        column = column_F[f]
+        if multi_hot_F[f]:
+            for s in range(u64(len(rows_S))):
+                rows = rows_S[s]
+                offset = carray(_pointer(offset_SH[s, column], np.int64(0)), (rows,))
                 first = u64(offset[u64(0)])
-                given = carray(_pointer(value_SH[s, column_F[f]], word), (rows,))
+                given = carray(_pointer(value_SH[s, column], word), (rows,))
                 ids = u64(offset[rows]) - first
                 for i in range(ids):
                     out_N[end + i] = given[first + i]
                 end += ids
-            else:
-                given = carray(_pointer(slice_S[s, IDS] + column_F[f] * slice_S[s, IDS_STRIDE], word), (rows,))
-                for i in range(rows):
-                    out_N[end] = given[i]
-                    end += u64(given[i] >= 0)
+        elif hole_G[column]:
+            for i in range(u64(id_GB.shape[1])):
+                out_N[end] = id_GB[column, i]
+                end += u64(id_GB[column, i] >= 0)
+        else:
+            for i in range(u64(id_GB.shape[1])):
+                out_N[end + i] = id_GB[column, i]
+            end += u64(id_GB.shape[1])
 
 
 def _signatures() -> dict[Callable, list[tuple]]:
     u, u4, i4, i8, f4, flag = types.uint64, types.uint32, types.int32, types.int64, types.float32, types.boolean
     vector, matrix = (lambda kind: types.Array(kind, 1, "C")), (lambda kind: types.Array(kind, 2, "C"))
-    places, slices = (vector(u4), vector(u4)), matrix(u)
-    of_word = [(u4, i4), (u, i8)]
+    us, uss, index, flags = vector(u), matrix(u), vector(u4), vector(flag)
+    words = (i4, i8)
     return {
-        highest: [(vector(u), u, unsigned, vector(unsigned)) for unsigned, _ in of_word],
-        gather: [(vector(u), vector(u), u, *places, vector(u))],
-        gather_wide: [(vector(u), vector(u), u, *places)],
-        number_rows: [(vector(i8), u, u, u, *places)],
-        pick: [(vector(u4), u, u, *places)],
-        bijection: [(vector(u4), u, u, vector(u4))],
-        take_bags: [(u, vector(i8), vector(u4), signed, vector(signed), vector(i8)) for _, signed in of_word],
-        fill_rows: [(slices, matrix(f4), matrix(f4), vector(f4), vector(i8), flag)],
-        fill_ids: [(slices, signed, matrix(i8)) for _, signed in of_word],
-        bag_lengths: [(slices, s, vector(u), vector(flag), slices, matrix(i4), vector(u)) for _, s in of_word],
-        fill_bags: [(slices, s, vector(u), vector(flag), slices, slices, vector(i8)) for _, s in of_word],
+        highest: [(us, u, unsigned, vector(unsigned)) for unsigned in (u4, u)],
+        fill_ids: [(uss, us, index, uss, u, us, uss, word, us, us) for word in words],
+        fill_rows: [(uss, us, us, index, uss, u, u, vector(f4), vector(i8))],
+        bijection: [(index, u, u, index)],
+        take_bags: [(us, us, us, index, word, us, vector(i8), vector(word), vector(i8)) for word in words],
+        bag_lengths: [(us, flags, matrix(i8), flags, us, us, uss, matrix(i4), us)],
+        fill_bags: [(us, flags, matrix(i8), flags, us, uss, uss, word, vector(i8)) for word in words],
     }
 
 

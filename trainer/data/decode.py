@@ -21,8 +21,8 @@ import pyarrow.types as pt
 from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.data import compiled
-from trainer.data.base import Bags, Columns
-from trainer.data.compiled import addresses, u64
+from trainer.data.base import Bags, Columns, address
+from trainer.data.compiled import u64
 from trainer.data.order import MASK64, hash64
 
 IdPolicy = Literal["error", "clip", "hash"]
@@ -172,7 +172,7 @@ def _all_ids(arrays: list[pa.Array], spec: Spec, where: str) -> list[np.ndarray 
 def _highest(columns: list[np.ndarray], mask: np.uint32 | np.uint64) -> np.ndarray:
     out = np.empty(len(columns), mask.dtype)
     if columns:
-        compiled.highest(addresses(columns), u64(len(columns[0])), mask, out)
+        compiled.highest(np.array([address(c) for c in columns], np.uint64), u64(len(columns[0])), mask, out)
     return out
 
 

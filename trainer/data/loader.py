@@ -7,14 +7,14 @@ The pieces, smallest first:
     Assembler    which blocks of which stream a step needs, and the work that makes its batch of them
     Batches      the iterator: `threads` workers that assemble the next `prefetch` batches and decode the next blocks
 
-A block is a run of consecutive rows of one stream after its shuffle: whole windows, at least BLOCK_ROWS rows.  A row
-group is copied into its blocks as soon as it is decoded, and batches are slices of blocks (`assemble.py`), so the cost
-per row hardly depends on the window.
+A block is a run of consecutive rows of one stream: whole windows of the shuffle, at least BLOCK_ROWS rows.  When all of
+its row groups are decoded, its rows are written to where the shuffle puts them in the batches they belong to
+(`assemble.py`), so a value is moved once and the cost per row hardly depends on the window.
 
-Memory of a rank, at most: for each of its streams two blocks (max(window, BLOCK_ROWS) rows each, rounded up to whole
-windows) and the rest of the row group that it is reading; for each thread one decoded row group and the unshuffled copy
-of a block; prefetch + threads batches.  A row takes 4 bytes per label, dense input and id (8 per id of tables with more
-than 2**31 rows, and per id in a batch).
+Memory of a rank, at most: the batches of BLOCKS_AHEAD + 2 blocks of each of its streams; for each stream the row group
+that it is reading, decoded, and its last one's rows if those are no more than KEPT_ROWS; for each thread the scratch of
+a block; prefetch + threads batches.  Decoded, a row takes 4 bytes per label, dense input and id (8 per id of tables with
+more than 2**31 rows); in a batch 4 per label and dense input, 8 per id, and 12.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from functools import partial
 from queue import PriorityQueue
 from typing import Any, NamedTuple
 
-from trainer.data.assemble import Block, Filling, Scatter, Slice, Target, build
+from trainer.data.assemble import Frame, Piece, Run, fill
 from trainer.data.base import Source
 from trainer.data.batch import Batch
 from trainer.data.memory import Pool
@@ -35,6 +35,14 @@ from trainer.data.order import Epoch
 
 # Rows worked on at once: enough to hide Python's cost, few enough for a column of them to fit a core's L2 cache.
 BLOCK_ROWS = 32768
+
+# So many blocks after the one that a step needs are filled in as soon as their row groups are decoded, while those are
+# in the CPU's caches; rows of later ones wait, decoded.
+BLOCKS_AHEAD = 2
+
+# A row group in which one stream begins and another ends is decoded once, at the epoch's start, if no more than so many
+# of its rows have to be kept for the end: 160 bytes each with 40 columns.  Longer ones are decoded again.
+KEPT_ROWS = 65536
 
 
 class Once:
@@ -88,9 +96,9 @@ class Visit:
 def visits(epoch: Epoch, streams: range, block_rows: int, first_place: int) -> list[Visit]:
     """What a rank decodes from place `first_place` of its streams on, in no particular order.
 
-    Neighbouring streams may share a row group.  They get it from one visit where their places lie within a block of
-    each other, which in a small dataset is always; a stream that needs it much later decodes it again, as holding it
-    until then would cost memory.
+    Neighbouring streams may share a row group: the one begins in it, the other ends in it.  They get it from one visit
+    where their places lie within a block of each other, which in a small dataset is always, or where the one that needs
+    it later has no more than KEPT_ROWS rows in it, which wait in their blocks; else that stream decodes it again.
     """
     open_visits: dict[int, Visit] = {}
     found = []
@@ -102,7 +110,8 @@ def visits(epoch: Epoch, streams: range, block_rows: int, first_place: int) -> l
             at += piece.stop - piece.start
     for row_group, part in sorted(parts, key=lambda p: p[1].at):
         visit = open_visits.get(row_group)
-        if visit is None or part.at - visit.parts[0].at > block_rows:
+        much_later = visit is not None and part.at - visit.parts[0].at > block_rows
+        if visit is None or (much_later and part.stop - part.start > KEPT_ROWS):
             visit = open_visits[row_group] = Visit(row_group, [])
             found.append(visit)
         visit.parts.append(part)
@@ -117,16 +126,20 @@ class Assembler:
 
     def __init__(self, source: Source, epoch: Epoch, streams: range, start_step: int, pool: Pool):
         self._source, self._epoch, self._order, self._pool = source, epoch, epoch.order, pool
-        self._streams = streams
+        self._streams, self._start_step = streams, start_step
         window = self._order.window if self._order.shuffle else 1
         self._block_rows = -(-BLOCK_ROWS // window) * window
-        self._first_block = start_step * self._order.stream_batch // self._block_rows
+        self._rows = {stream: self._order.stream_rows(stream) for stream in streams}
+        self._full_steps = min(self._rows.values()) // self._order.stream_batch
         self._blocks: dict[tuple[int, int], Once] = {}  # by stream and number: those that the next steps need
-        self._oldest = dict.fromkeys(streams, self._first_block)
-        self._fillings: dict[tuple[int, int], Filling] = {}
-        self._lock = threading.Lock()  # of the fillings
+        self._needed: tuple[range, list[Once]] = range(0), []  # numbers of blocks that the last step needed, and those
+        self._oldest = first_block = start_step * self._order.stream_batch // self._block_rows
+        self._lock = threading.Lock()  # of what follows
+        self._frames: dict[int, Frame] = {}  # by step
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}  # decoded, of blocks that are not filled in yet
+        self._fills: dict[tuple[int, int], Once] = {}
         self._visits_of: dict[tuple[int, int], list[Visit]] = {}
-        for visit in visits(epoch, streams, self._block_rows, self._first_block * self._block_rows):
+        for visit in visits(epoch, streams, self._block_rows, first_block * self._block_rows):
             for part in visit.parts:
                 for number, _, _ in self._blocks_of(part):
                     self._visits_of.setdefault((part.stream, number), []).append(visit)
@@ -134,31 +147,30 @@ class Assembler:
 
     def plan(self, step: int) -> tuple[Callable[[], Batch], list[Callable[[], None]]]:
         """The work that makes batch `step`, and the work on blocks that later batches will need."""
-        order, size = self._order, self._block_rows
-        wanted: list[tuple[int, int, int, int]] = []  # at, stream, start, stop within one block
+        size, start = self._block_rows, step * self._order.stream_batch
+        numbers = range(start // size, (start + self._order.stream_batch - 1) // size + 1)
         ahead = []
-        for i, stream in enumerate(self._streams):
-            start, stop = order.step_range(stream, step)
-            at = i * order.stream_batch - start
-            first, following = start // size, max(stop - 1, start) // size + 1
-            for number in range(first, -(-stop // size)):
-                wanted.append((at, stream, max(start, number * size), min(stop, (number + 1) * size)))
-            for old in range(self._oldest[stream], first):
-                self._blocks.pop((stream, old), None)
-            self._oldest[stream] = first
-            if (stream, following) not in self._blocks and following * size < order.stream_rows(stream):
-                ahead.append(self._block(stream, following).run)
-        blocks = [self._block(stream, start // size) for _, stream, start, _ in wanted]
+        if numbers != self._needed[0]:
+            for stream, rows in self._rows.items():
+                for old in range(self._oldest, numbers.start):
+                    self._blocks.pop((stream, old), None)
+                if numbers.stop * size < rows:
+                    ahead.append(self._block(stream, numbers.stop).run)
+            self._needed = (
+                numbers,
+                [self._block(s, n) for s, rows in self._rows.items() for n in numbers if n * size < rows],
+            )
+            self._oldest = numbers.start
+        blocks = self._needed[1]
 
         def work() -> Batch:
             for block in blocks:
                 block.run()  # does what no other thread has begun, before waiting for what they have
-            slices = [
-                Slice(at + start, block.result(), start % size, stop - start // size * size)
-                for (at, _, start, stop), block in zip(wanted, blocks, strict=True)
-            ]
-            rows = len(self._streams) * order.stream_batch
-            return build(slices, self._source.shape, rows, order.rows_in_step(step), self._pool)
+            for block in blocks:
+                block.result()
+            with self._lock:
+                frame = self._frames.pop(step, None) or self._new_frame(step)
+            return frame.batch(self._order.rows_in_step(step))
 
         return work, ahead
 
@@ -168,25 +180,63 @@ class Assembler:
             self._blocks[key] = Once(partial(self._finish, stream, number))
         return self._blocks[key]
 
-    def _finish(self, stream: int, number: int) -> Block:
+    def _finish(self, stream: int, number: int) -> None:
         needed = self._visits_of[stream, number]
         for visit in needed:
             visit.once.run()
         for visit in needed:
             visit.once.result()
         with self._lock:
-            filling = self._fillings.pop((stream, number))
-        return filling.finish()
+            fill_in = self._fills.pop((stream, number))
+        fill_in.run()
+        fill_in.result()
 
     def _decode(self, visit: Visit) -> None:
+        columns = self._source.read(visit.row_group)
         first_row = int(self._order.group_starts[visit.row_group])
-        targets = []
+        size = self._block_rows
+        near = []
         for part in visit.parts:
             for number, start, stop in self._blocks_of(part):
-                filling = self._filling(part.stream, number)
-                at = part.at + start - part.start - number * self._block_rows
-                targets.append(Target(filling, start, stop, at))
-        self._source.read(visit.row_group, Scatter(targets, first_row))
+                piece = Piece(columns, start, stop, part.at + start - part.start - number * size, first_row)
+                much_later = number > self._oldest + BLOCKS_AHEAD
+                if much_later and len(visit.parts) > 1:
+                    piece = piece.copy(self._pool)
+                with self._lock:
+                    pieces = self._pieces.setdefault((part.stream, number), [])
+                    pieces.append(piece)
+                    if len(pieces) < len(self._visits_of[part.stream, number]):
+                        continue
+                    fill_in = Once(partial(self._fill, part.stream, number))
+                    self._fills[part.stream, number] = fill_in
+                if not much_later:
+                    near.append(fill_in)
+        del columns
+        for fill_in in near:  # while what was decoded is in the CPU's caches
+            fill_in.run()
+
+    def _fill(self, stream: int, number: int) -> None:
+        """Shuffle a block into the frames of its batches."""
+        order = self._order
+        start = number * self._block_rows
+        stop = min(start + self._block_rows, self._rows[stream])
+        batch = order.stream_batch
+        first_at = (stream - self._streams.start) * batch
+        with self._lock:
+            pieces = self._pieces.pop((stream, number))
+            runs = []
+            for step in range(max(start // batch, self._start_step), -(-stop // batch)):
+                frame = self._frames.get(step)
+                if frame is None:
+                    frame = self._frames[step] = self._new_frame(step)
+                low, high = max(start, step * batch), min(stop, (step + 1) * batch)
+                runs.append(Run(frame, first_at + low - step * batch, low - start, high - low))
+        if runs:
+            fill(pieces, self._epoch.shuffled(stream, start, stop), runs, self._source.shape, self._pool)
+
+    def _new_frame(self, step: int) -> Frame:
+        rows = len(self._streams) * self._order.stream_batch
+        return Frame(self._source.shape, rows, step < self._full_steps, self._pool)
 
     def _blocks_of(self, part: Part) -> Iterator[tuple[int, int, int]]:
         """The blocks that a part reaches into, with the rows of its row group that go into each."""
@@ -195,17 +245,6 @@ class Assembler:
         for number in range(part.at // size, -(-end // size)):
             low, high = max(part.at, number * size), min(end, (number + 1) * size)
             yield number, part.start + low - part.at, part.start + high - part.at
-
-    def _filling(self, stream: int, number: int) -> Filling:
-        start = number * self._block_rows
-        stop = min(start + self._block_rows, self._order.stream_rows(stream))
-        key = (stream, number)
-        with self._lock:
-            if key not in self._fillings:
-                index = self._epoch.shuffled(stream, start, stop)
-                whole = len(self._visits_of[key]) == 1
-                self._fillings[key] = Filling(self._source.shape, stop - start, index, whole, self._pool)
-            return self._fillings[key]
 
 
 class Batches(Iterator[Batch]):

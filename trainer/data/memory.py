@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes: a line of the CPU's cache
 
 
 class Pool:
-    """`array(shape, dtype)` is np.empty in memory that comes back.  Safe to use from several threads.
+    """`array(shape, dtype)` is np.empty, aligned, in memory that comes back.  Safe to use from several threads.
 
     It keeps what was in use at the same time, no more, and frees it when the pool and the arrays are gone.
     """
@@ -41,7 +41,9 @@ class Pool:
         try:
             raw = free.pop()
         except IndexError:
-            raw = np.empty(size, np.uint8)
+            raw = np.empty(size + ALIGNMENT, np.uint8)
+            start = -raw.__array_interface__["data"][0] % ALIGNMENT
+            raw = raw[start : start + size]
         whole = np.asarray(_Lease(raw, free))
         return [np.ndarray(shape, dtype, whole, start) for (shape, dtype), start in zip(wanted, starts, strict=True)]
 

@@ -16,7 +16,7 @@ from kernels.registry import nearest
 from trainer.config import Features
 from trainer.data import compiled
 from trainer.data import dataset as dataset_json
-from trainer.data.base import Shape, Sink
+from trainer.data.base import Columns, Shape
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, File, Split
 from trainer.data.decode import ID_POLICIES, Feature, IdPolicy, Spec, check_schema, decode, is_list
 from trainer.data.loader import Assembler, Batches
@@ -171,6 +171,7 @@ class ParquetSource:
             labels=len(spec.labels),
             weighted=spec.weight is not None,
             wide=spec.wide,
+            small=tuple(f.rows <= 1 << 15 for f in spec.features),
         )
         # (file, row group in it) of every row group of the split
         self._places = [(f, g) for f, file in enumerate(self._files) for g in range(len(file.row_groups))]
@@ -197,13 +198,13 @@ class ParquetSource:
             footers.append(footer)
         self._footers = footers
 
-    def read(self, row_group: int, sink: Sink) -> None:
+    def read(self, row_group: int) -> Columns:
         if self._footers is None:
             self.check()
         f, g = self._places[row_group]
         footer = self._footers[f]
         table = footer.decode(g, self._spec.columns)
-        sink.put(decode(table, self._spec, f"{footer.path}, row group {g}"))
+        return decode(table, self._spec, f"{footer.path}, row group {g}")
 
 
 class Reader:
