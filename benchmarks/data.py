@@ -26,7 +26,7 @@ from trainer.data.parquet import Reader, dataset_from_folder
 from trainer.prepare import prepare
 from trainer.prepare.write import SplitWriter, make_schema
 
-ROWS = 4_000_000  # of the loader's data: 62 row groups, 7 of which lie in two streams and are decoded twice
+ROWS = 4_000_000  # of the loader's data: 62 row groups, 7 of which lie in two streams
 BAG_ROWS = 1_000_000  # of the dataset with multi-hot features
 TEXT_ROWS = 100_000  # of prepare's
 ROW_GROUP_ROWS = 65536

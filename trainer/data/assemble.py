@@ -88,8 +88,10 @@ class Frame:
     def add_bags(self, run: BagRun) -> None:
         self._bags.append(run)
 
-    def add_hole(self, g: int) -> None:
-        self._holes[g] = True
+    def add_holes(self, hole_G: list[bool]) -> None:
+        for g, hole in enumerate(hole_G):
+            if hole:
+                self._holes[g] = True
 
     def batch(self, rows_in_step: int) -> Batch:
         """The finished batch; called once, when every block it lies in has been filled in."""
@@ -187,12 +189,11 @@ def fill(pieces: list[Piece], index: np.ndarray | None, runs: list[Run], shape: 
         column_PM, rows_P, first_P, index_n, run_C, u64(shape.dense), u64(shape.labels), record_n, number_n
     )
     bags = tuple(_take_bags([_piece_of_bags(piece, f) for piece in pieces], index_n, pool) for f in layout.multi_hot)
-    holes = [g for g, f in enumerate(layout.single) if any(piece.columns.holes[f] for piece in pieces)]
-    for run in runs:
-        if bags:
-            run.frame.add_bags(BagRun(run.at, bags, run.first, run.rows))
-        for g in holes:
-            run.frame.add_hole(g)
+    holes = [any(flags) for flags in zip(*(piece.columns.holes for piece in pieces), strict=True)]
+    for run in runs if bags else ():
+        run.frame.add_bags(BagRun(run.at, bags, run.first, run.rows))
+    for run in runs if any(holes) else ():
+        run.frame.add_holes([holes[f] for f in layout.single])
 
 
 @dataclass(frozen=True, kw_only=True)

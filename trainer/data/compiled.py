@@ -15,11 +15,12 @@ from collections.abc import Callable
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 u64 = np.uint64
 IN_ORDER = np.empty(0, np.uint32)  # the index that leaves everything where it is
-TILE = u64(64)  # rows whose numbers are turned at once: they fit the CPU's first cache
+AHEAD = u64(24)  # records on their way into the cache while one is copied
 
 # Columns of run_C.  A run is places of a block that are rows of one batch:
 FIRST, ROWS = 0, 1  # its first place, how many
@@ -103,6 +104,54 @@ def _splat(builder, vector, scalar):
 # fills need not be read first.  The target must be at a multiple of 64.
 _stream_ids = _vector_move(8, ir.IntType(64), 64, nontemporal=True, shifted=True)
 _copy_16_floats = _vector_move(16, ir.FloatType(), 4)
+
+
+@intrinsic
+def _turn_16(typing_context, column_16, offset, target, stride):
+    """16 columns of float32 from `offset` bytes on -> 16 rows of 16 floats at `target` and every `stride` bytes on.
+
+    column_16: pointer to the columns' addresses.  target, stride: multiples of 64.
+    Done in registers, in four rounds: round s swaps bit s of the row's number with bit s of the column's.
+    """
+    word, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), 16)
+
+    def generate(context, builder, signature, arguments):
+        column_16, offset, target, stride = arguments
+        columns = builder.inttoptr(column_16, word.as_pointer())
+        rows = []
+        for k in range(16):
+            address = builder.add(builder.load(builder.gep(columns, [ir.Constant(ir.IntType(32), k)])), offset)
+            rows.append(builder.load(builder.inttoptr(address, vector.as_pointer()), align=4))
+        for s in (8, 4, 2, 1):
+            for i in (i for i in range(16) if not i & s):
+                a, b = rows[i], rows[i | s]
+                low = [16 + (k ^ s) if k & s else k for k in range(16)]
+                high = [16 + k if k & s else k | s for k in range(16)]
+                rows[i], rows[i | s] = (
+                    builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), 16), take))
+                    for take in (low, high)
+                )
+        for row in rows:
+            builder.store(row, builder.inttoptr(target, vector.as_pointer()), align=64)
+            target = builder.add(target, stride)
+        return context.get_dummy_value()
+
+    return types.void(column_16, offset, target, stride), generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """Have the line at an address on its way into the cache."""
+
+    def generate(context, builder, signature, arguments):
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.inttoptr(arguments[0], pointer)
+        builder.call(function, [place, *(ir.Constant(word, k) for k in (0, 3, 1))])  # for reading, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(address), generate
 
 
 @intrinsic
@@ -196,18 +245,26 @@ def fill_rows(column_PM, rows_P, first_P, index_n, run_C, dense, labels, record_
     columns, zero = u64(column_PM.shape[1]), u64(0)
     width = (columns + u64(15)) // u64(16) * u64(16)
     weighted = columns > dense + labels
-    begin = u64(0)
+    records = u64(record_n.ctypes.data)
+    sixteen, begin = u64(16), zero
+    column_16 = np.empty(16, np.uint64)
     for p in range(u64(len(rows_P))):
         rows = rows_P[p]
-        for tile in range(zero, rows, TILE):
-            for m in range(columns):
-                given = carray(_pointer(column_PM[p, m], np.float32(0)), (rows,))
-                for i in range(tile, min(tile + TILE, rows)):
-                    record_n[(begin + i) * width + m] = given[i]
+        for m in range(zero, columns, sixteen):
+            for k in range(sixteen):  # where there are no 16 columns left, the last one again
+                column_16[k] = column_PM[p, min(m + k, columns - u64(1))]
+            whole = rows // sixteen * sixteen
+            for i in range(zero, whole, sixteen):
+                target = records + ((begin + i) * width + m) * u64(4)
+                _turn_16(u64(column_16.ctypes.data), i * u64(4), target, width * u64(4))
+            for k in range(min(sixteen, columns - m)):
+                given = carray(_pointer(column_16[k], np.float32(0)), (rows,))
+                for i in range(whole, rows):
+                    record_n[(begin + i) * width + m + k] = given[i]
         for i in range(rows):
             number_n[begin + i] = first_P[p] + i
         begin += rows
-    records = u64(record_n.ctypes.data)
+    last = u64(len(index_n)) - u64(1)
     for r in range(u64(len(run_C))):
         first, rows = run_C[r, FIRST], run_C[r, ROWS]
         dense_BK = carray(_pointer(run_C[r, DENSE], np.float32(0)), (rows * dense,))
@@ -216,7 +273,11 @@ def fill_rows(column_PM, rows_P, first_P, index_n, run_C, dense, labels, record_
         row_B = carray(_pointer(run_C[r, ROW], np.int64(0)), (rows,))
         whole = (dense + u64(15)) // u64(16) * u64(16)  # floats that are moved, the last few over the next row's
         for i in range(rows):
-            at = u64(index_n[first + i]) if len(index_n) else first + i
+            if len(index_n):
+                at = u64(index_n[first + i])
+                _prefetch(records + u64(index_n[min(first + i + AHEAD, last)]) * width * u64(4))
+            else:
+                at = first + i
             record = at * width
             if i * dense + whole <= rows * dense:
                 for k in range(zero, whole, u64(16)):

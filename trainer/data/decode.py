@@ -21,7 +21,7 @@ import pyarrow.types as pt
 from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.data import compiled
-from trainer.data.base import Bags, Columns, address
+from trainer.data.base import Bags, Columns
 from trainer.data.compiled import u64
 from trainer.data.order import MASK64, hash64
 
@@ -106,36 +106,64 @@ def decode(table: pa.Table, spec: Spec, where: str) -> Columns:
     """
     labels = spec.labels if spec.labelled else ()
     names = (*spec.dense, *labels, *((spec.weight,) if spec.weight is not None else ()))
-    numbers = _all_numbers([_one_array(table.column(name)) for name in names], names, where)
-    if not spec.labelled:
-        numbers[len(spec.dense) : len(spec.dense)] = [np.zeros(len(table), np.float32)] * len(spec.labels)
-    if spec.weight is not None and numbers[-1].min(initial=0) < 0:
-        row = int(np.argmax(numbers[-1] < 0))
-        raise UserError(
-            f"{where}, row {row}: weight {spec.weight!r} is {numbers[-1][row]:g}; weights must be at least 0"
-        )
-    arrays = [_one_array(table.column(feature.name)) for feature in spec.features]
-    return Columns(
-        numbers=numbers,
-        ids=_all_ids(arrays, spec, where),
+    column_of = dict(zip(table.column_names, _arrays(table), strict=True))
+    arrays = [column_of[feature.name] for feature in spec.features]
+    dtype = np.dtype(np.int64 if spec.wide else np.int32)
+    kind = pa.from_numpy_dtype(dtype)
+    plain = [array.type == kind and not array.null_count for array in arrays]
+    columns = Columns(  # as they are, to look at all of them at once
+        numbers=_numbers([column_of[name] for name in names]),
+        ids=[np.asarray(array) if good else _NOT_YET for array, good in zip(arrays, plain, strict=True)],
         holes=[array.null_count > 0 and not f.multi_hot for array, f in zip(arrays, spec.features, strict=True)],
     )
+    _check_numbers(columns, [column_of[name] for name in names], names, where)
+    if spec.weight is not None and columns.numbers[-1].min(initial=0) < 0:
+        row = int(np.argmax(columns.numbers[-1] < 0))
+        raise UserError(
+            f"{where}, row {row}: weight {spec.weight!r} is {columns.numbers[-1][row]:g}; weights must be at least 0"
+        )
+    good = np.flatnonzero(plain)
+    highest = _highest(
+        columns.addresses[1][good], len(table), np.uint64(MASK64) if spec.wide else np.uint32(0xFFFFFFFF)
+    )
+    inside = {f for f, most in zip(good.tolist(), highest.tolist(), strict=True) if most < spec.features[f].rows}
+    if len(inside) == len(arrays) and spec.labelled:
+        return columns
+    numbers = columns.numbers
+    if not spec.labelled:
+        numbers[len(spec.dense) : len(spec.dense)] = [np.zeros(len(table), np.float32)] * len(spec.labels)
+    ids = [
+        column if f in inside else _ids(array, feature, where, dtype)
+        for f, (column, array, feature) in enumerate(zip(columns.ids, arrays, spec.features, strict=True))
+    ]
+    return Columns(numbers=numbers, ids=ids, holes=columns.holes)
 
 
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+_NOT_YET = Bags(np.empty(0, np.int32), np.zeros(1, np.int64))  # for ids that need more than a look
 
 
-def _all_numbers(arrays: list[pa.Array], names: tuple[str, ...], where: str) -> list[np.ndarray]:
-    """(n,) float32 each, finite."""
-    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, which is reported below
-        numbers = [np.asarray(array).astype(np.float32, copy=False) for array in arrays]
+def _arrays(table: pa.Table) -> list[pa.Array]:
+    """Its columns, each in one piece."""
+    batches = table.to_batches()  # as many as there are pieces: one in a row group of Parquet, but for very long texts
+    if len(batches) == 1:
+        return batches[0].columns
+    return [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
+
+
+def _numbers(arrays: list[pa.Array]) -> list[np.ndarray]:
+    """(n,) float32 each; what is missing is NaN."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, which is not let through
+        return [np.asarray(array).astype(np.float32, copy=False) for array in arrays]
+
+
+def _check_numbers(columns: Columns, arrays: list[pa.Array], names: tuple[str, ...], where: str) -> None:
+    """UserError unless all are finite."""
     # A null becomes a NaN in what pyarrow gives to numpy, so nothing else need be looked at.
-    finite = _highest(numbers, np.uint32(0x7FFFFFFF)) < INFINITY
+    rows = len(columns.numbers[0]) if columns.numbers else 0
+    finite = _highest(columns.addresses[0], rows, np.uint32(0x7FFFFFFF)) < INFINITY
     if not finite.all():
         column = int(np.argmin(finite))
-        raise _unusable(arrays[column], numbers[column], names[column], where)
-    return numbers
+        raise _unusable(arrays[column], columns.numbers[column], names[column], where)
 
 
 def _unusable(array: pa.Array, values: np.ndarray, name: str, where: str) -> UserError:
@@ -153,26 +181,9 @@ def _unusable(array: pa.Array, values: np.ndarray, name: str, where: str) -> Use
     )
 
 
-def _all_ids(arrays: list[pa.Array], spec: Spec, where: str) -> list[np.ndarray | Bags]:
-    """Of each feature what `Columns` says.  Columns that are as they should be are found out by one pass over all."""
-    dtype = np.dtype(np.int64 if spec.wide else np.int32)
-    kind = pa.from_numpy_dtype(dtype)
-    plain = [f for f, array in enumerate(arrays) if array.type == kind and not array.null_count]
-    values = [np.asarray(arrays[f]) for f in plain]
-    highest = _highest(values, np.uint64(MASK64) if spec.wide else np.uint32(0xFFFFFFFF))
-    found: dict[int, np.ndarray] = {
-        f: ids for f, ids, most in zip(plain, values, highest.tolist(), strict=True) if most < spec.features[f].rows
-    }
-    return [
-        found[f] if f in found else _ids(array, feature, where, dtype)
-        for f, (array, feature) in enumerate(zip(arrays, spec.features, strict=True))
-    ]
-
-
-def _highest(columns: list[np.ndarray], mask: np.uint32 | np.uint64) -> np.ndarray:
-    out = np.empty(len(columns), mask.dtype)
-    if columns:
-        compiled.highest(np.array([address(c) for c in columns], np.uint64), u64(len(columns[0])), mask, out)
+def _highest(address_C: np.ndarray, rows: int, mask: np.uint32 | np.uint64) -> np.ndarray:
+    out = np.empty(len(address_C), mask.dtype)
+    compiled.highest(address_C, u64(rows), mask, out)
     return out
 
 

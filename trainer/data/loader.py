@@ -13,8 +13,8 @@ its row groups are decoded, its rows are written to where the shuffle puts them 
 
 Memory of a rank, at most: the batches of BLOCKS_AHEAD + 2 blocks of each of its streams; for each stream the row group
 that it is reading, decoded, and its last one's rows if those are no more than KEPT_ROWS; for each thread the scratch of
-a block; prefetch + threads batches.  Decoded, a row takes 4 bytes per label, dense input and id (8 per id of tables with
-more than 2**31 rows); in a batch 4 per label and dense input, 8 per id, and 12.
+a block; prefetch + threads batches.  Decoded, a row takes 4 bytes per label, dense input and id (8 per id of tables
+with more than 2**31 rows); in a batch 4 per label and dense input, 8 per id, and 12.
 """
 
 import itertools
