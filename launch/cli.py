@@ -345,6 +345,14 @@ def bench_kernels(
     raise typer.Exit((gpu_kernels.main(as_json=as_json) if device == "cuda" else kernels.main(json=as_json)) or 0)
 
 
+@bench.command("plan")
+def bench_plan(as_json: Json = False) -> None:
+    """The slowest rank's step under our plans, beside TorchRec's planner given the same topology."""
+    from benchmarks import plan
+
+    raise typer.Exit(plan.main(json=as_json) or 0)
+
+
 def print_error(message: str) -> None:
     """`error:` and the message in red on stderr, further lines indented under it."""
     first, *rest = message.strip().splitlines() or ["unknown"]

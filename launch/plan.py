@@ -57,11 +57,15 @@ def make(
     "h100-80gb:16x8"; this machine with train.nproc ranks when None.  hbm, host_mem: instead of the config's."""
     from trainer import planning
 
-    if profiles is not None:
-        config = config.model_copy(update={"plan": config.plan.model_copy(update={"profiles": profiles})})
+    given = {"profiles": profiles, "hbm": hbm, "host_mem": host_mem}
+    changes = {key: value for key, value in given.items() if value is not None}
+    for key, value in changes.items():
+        if key != "profiles":
+            quantity(value, "bytes", where=f"--{key.replace('_', '-')}")
+    config = config.model_copy(update={"plan": config.plan.model_copy(update=changes)})
     opened = _dataset(config, dataset)
     model = planning.on_meta(config, opened)
-    known = planning.profiles_of(config, ranks_per_host=config.train.nproc)
+    known = planning.profiles_of(config)
     if cluster is None:
         import torch
 
@@ -70,24 +74,13 @@ def make(
         found = planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)
     else:
         found = topology.parse(cluster, known)
-    limits = planning.limits_of(config)
-    if hbm is not None:
-        if found.device == "cpu":
-            raise UserError(
-                f"--hbm {hbm}: the ranks of {found.title} have no device memory; --host-mem limits the host's"
-            )
-        limits = replace(limits, device=quantity(hbm, "bytes", where="--hbm"))
-    if host_mem is not None:
-        limits = replace(limits, host=quantity(host_mem, "bytes", where="--host-mem"))
-    if found.device == "cpu" and limits.host is not None:
-        limits = Limits(device=limits.host / found.ranks_per_host)
     return Asked(
         name=config.name,
         work=planning.work_of_config(config, opened, model),
         cluster=found,
         embeddings=model.embeddings,
         rules=rules_of(model.embeddings, found, planning.constraints_of(config)),
-        limits=limits,
+        limits=planning.limits_of(config, found),
         profiles=known,
     )
 

@@ -278,7 +278,7 @@ def profiles() -> dict[str, Topology]:
     return {t.name: t for t in found}
 
 
-# One thread a rank, both ranks at work: what `tablemesh bench calibrate` found on an idle machine of 2 cores with gloo.
+# Two ranks of one thread each, gloo between them.
 CPU_HOST = Topology(
     name="cpu",
     device="cpu",
@@ -319,7 +319,9 @@ CPU_HOST = Topology(
     group_seconds=1e-3,
     replica_seconds=300e-6,
     overlap=False,
-    sources=dict.fromkeys(QUANTITIES, "measured on 2 cores of an AMD EPYC (Zen 4), 2 ranks of one thread, gloo"),
+    sources=dict.fromkeys(
+        QUANTITIES, "estimate for two cores of a current server CPU, a rank on each, gloo between them"
+    ),
 )
 
 

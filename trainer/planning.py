@@ -6,11 +6,8 @@ work_of_config(config, dataset, model) -> Work
 limits_of(config), constraints_of(config)
 """
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,56 +29,32 @@ from trainer.models.base import ModelInputs
 from trainer.optim.base import plugin
 from trainer.tables import ResolvedTables, resolve
 
-STORE = "TABLEMESH_CACHE"  # environment variable: the folder of calibrations instead of the user's cache folder
 
-
-def calibration_file() -> Path:
-    """Where `tablemesh bench calibrate` keeps what it measured on this machine."""
-    folder = os.environ.get(STORE)
-    if folder:
-        return Path(folder) / "calibration.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tablemesh" / "calibration.json"
-
-
-def calibrated(ranks_per_host: int) -> dict[str, Topology]:
-    """The "cpu" profile that was measured here with this many ranks; with the nearest number of ranks where there is
-    none for it; empty where nothing was measured or the file is of another version."""
-    try:
-        found = json.loads(calibration_file().read_text())
-        by_ranks = {int(ranks): values for ranks, values in found["cpu"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    if not by_ranks:
-        return {}
-    nearest = min(by_ranks, key=lambda ranks: (abs(ranks - ranks_per_host), ranks))
-    known = {key: float(value) for key, value in by_ranks[nearest].items() if key in topology.QUANTITIES}
-    source = f"tablemesh bench calibrate on this machine, {nearest} ranks, {found.get('when', 'some day')}"
-    base = topology.CPU_HOST
-    sources = {**base.sources, **dict.fromkeys(known, source)}
-    return {"cpu": replace(base, ranks_per_host=nearest, sources=sources, **known)}
-
-
-def profiles_of(config: Config, *, ranks_per_host: int = 1) -> dict[str, Topology]:
-    """Profiles beside the built-in ones: this machine's calibration, and those of plan.profiles."""
-    found = calibrated(ranks_per_host)
-    if config.plan.profiles is not None:
-        found |= topology.load_profiles(config.plan.profiles)
-    return found
+def profiles_of(config: Config) -> dict[str, Topology]:
+    """Profiles beside the built-in ones: those of plan.profiles."""
+    return {} if config.plan.profiles is None else topology.load_profiles(config.plan.profiles)
 
 
 def cluster_of(config: Config, *, world_size: int, local_world_size: int, device: str) -> Topology:
     """This machine."""
-    known = profiles_of(config, ranks_per_host=local_world_size)
-    return topology.detect(world_size=world_size, local_world_size=local_world_size, device=device, known=known)
-
-
-def limits_of(config: Config) -> Limits:
-    """Bytes that plans may use, as the config says."""
-    plan = config.plan
-    return Limits(
-        device=None if plan.hbm is None else quantity(plan.hbm, "bytes", where="plan.hbm"),
-        host=None if plan.host_mem is None else quantity(plan.host_mem, "bytes", where="plan.host_mem"),
+    return topology.detect(
+        world_size=world_size, local_world_size=local_world_size, device=device, known=profiles_of(config)
     )
+
+
+def limits_of(config: Config, cluster: Topology) -> Limits:
+    """Bytes that plans may use, as the config says.  On a CPU the ranks share what there is of the host's memory."""
+    plan = config.plan
+    device = None if plan.hbm is None else quantity(plan.hbm, "bytes", where="plan.hbm")
+    host = None if plan.host_mem is None else quantity(plan.host_mem, "bytes", where="plan.host_mem")
+    if cluster.device == "cpu":
+        if device is not None:
+            raise UserError(
+                f"plan.hbm = {plan.hbm!r}: the ranks of {cluster.title} have no device memory; plan.host_mem limits "
+                "the host's"
+            )
+        return Limits(device=None if host is None else host / cluster.ranks_per_host)
+    return Limits(device=device, host=host)
 
 
 def constraints_of(config: Config) -> list[tuple[tuple[str, ...], Rule]]:

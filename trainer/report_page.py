@@ -226,7 +226,10 @@ def _tiles(report: dict, start: dict, plan: dict, bayes: dict) -> list[dict[str,
         tile("samples per second", count(rate), f"{count(report.get('samples_seen'))} samples")
     if step_ms.get("p50") is not None:
         tail = f"p90 {milliseconds(step_ms.get('p90'))}, p99 {milliseconds(step_ms.get('p99'))}"
+        foretold = _dict(plan, "predicted").get("step_ms")
         tile("median step", milliseconds(step_ms["p50"]), tail)
+        if foretold is not None:
+            tile("step as planned", milliseconds(foretold), f"predicted ÷ measured {foretold / step_ms['p50']:.2f}")
     peak = _dict(report, "memory").get("peak_bytes")
     if peak is not None:
         tile("peak memory of a rank", size(peak), f"tables {size(_table_bytes(start, plan))} in all")

@@ -111,7 +111,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         work,
         cluster,
         constraints=constraints_of(config),
-        limits=limits_of(config),
+        limits=limits_of(config, cluster),
         file=config.plan.file if training else None,
     )
     plan = planned.sharding
