@@ -1,5 +1,7 @@
 """Plans without a process group: where explicit shardings go, what plan.json says, what is refused."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -132,3 +134,39 @@ def test_auto_does_not_cut_a_table_into_more_parts_than_it_has_rows():
     for rows in range(1, 10):
         described = plan_of(table("auto", rows=rows), world=4)
         assert all(r1 > r0 for _, (r0, r1), _ in extents(described))
+
+
+def from_json(described: dict, path, *tables: Table, world: int, local: int):
+    path.write_text(json.dumps(described))
+    task = Task(*tables)
+    cluster = topology.detect(world_size=world, local_world_size=local, device="cpu")
+    work = work_of(embeddings_of(task), batch_size=64 * world, state_bytes_per_row=lambda dim: 4)
+    return plan_task(task, work, cluster, file=path).described
+
+
+@pytest.mark.parametrize("sharding", [*SHARDING_TYPES, "auto"])
+def test_a_plan_comes_back_from_its_file(sharding, tmp_path):
+    tables = [table(sharding, rows=100 + i, dim=16, name=f"t{i}") for i in range(3)]
+    described = plan_of(*tables, world=4, local=2)
+    again = from_json(described, tmp_path / "plan.json", *tables, world=4, local=2)
+    assert again["tables"] == described["tables"] and again["ranks"] == described["ranks"]
+    assert "plan.json" in again["planner"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(world_size=2), ["2 ranks", "there are 4"]),
+        (lambda d: d["tables"].pop(), ["other tables", "t"]),
+        (lambda d: d["tables"][0].update(rows=11), ["11 rows", "10 of 16"]),
+        (lambda d: d["tables"][0]["shards"].pop(), ["do not cover"]),
+        (lambda d: d["tables"][0]["shards"][0].update(rank=9), ["ranks 0 to 3"]),
+        (lambda d: d.pop("tables"), ["not a plan.json"]),
+    ],
+)
+def test_a_plan_file_that_does_not_fit_is_refused(change, words, tmp_path):
+    described = plan_of(table("row_wise"), world=4)
+    change(described)
+    with pytest.raises(UserError) as error:
+        from_json(described, tmp_path / "plan.json", table("row_wise"), world=4, local=4)
+    assert all(word in str(error.value) for word in words), str(error.value)
