@@ -353,6 +353,14 @@ def bench_plan(as_json: Json = False) -> None:
     raise typer.Exit(plan.main(json=as_json) or 0)
 
 
+@bench.command("step")
+def bench_step(as_json: Json = False) -> None:
+    """A whole training step beside stock TorchRec's, on one rank and on two."""
+    from benchmarks import step
+
+    raise typer.Exit(step.main(json=as_json) or 0)
+
+
 def print_error(message: str) -> None:
     """`error:` and the message in red on stderr, further lines indented under it."""
     first, *rest = message.strip().splitlines() or ["unknown"]

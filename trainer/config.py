@@ -184,6 +184,7 @@ class Checkpoint(Frozen):
 class Kernels(Frozen):
     # A file in kernels/backends/, or "auto" for the fastest that can serve; "fbgemm" is TorchRec's own kernel.
     embedding_bag: _kind_in("kernels.backends", "auto") = "auto"  # type: ignore[valid-type]
+    interaction: _kind_in("kernels.interactions", "auto") = "auto"  # type: ignore[valid-type]  # the dots of a DLRM
 
 
 class Eval(Frozen):

@@ -38,12 +38,14 @@ class ModelInputs:
     dims: D of every feature, in feature order.
     tasks: T, labels per row.
     features: the features' names, in the same order; for error messages.
+    interaction: a file in kernels/interactions/, or "auto", for a model that has kernels.interaction.DotInteraction.
     """
 
     dense: int
     dims: tuple[int, ...]
     tasks: int = 1
     features: tuple[str, ...] = ()
+    interaction: str = "auto"
 
     def __post_init__(self) -> None:
         assert not self.features or len(self.features) == len(self.dims)
@@ -121,8 +123,3 @@ def init_dense(module: nn.Module, *, seed: int) -> None:
         else:
             own = [n for n, _ in child.named_parameters(recurse=False)]
             assert not own, f"{type(child).__name__} {name!r} has parameters {own} and no init(generator)"
-
-
-def concat(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat along the columns, without the copy when there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kernels.errors import UserError
 from trainer.config import Plugin, Positive
-from trainer.models.base import MLP, ModelInputs, check_top, concat
+from trainer.models.base import MLP, ModelInputs, check_top
 
 
 class Config(Plugin):
@@ -63,9 +63,10 @@ class DCN(nn.Module):
 
     def forward(self, dense_BK: Tensor, emb_BX: Tensor) -> Tensor:
         if self.bottom is not None:
-            x0_BX = concat([self.bottom(dense_BK), emb_BX])
+            z0_BX = self.bottom(dense_BK)
+            x0_BX = torch.cat([z0_BX, emb_BX.to(z0_BX.dtype)], dim=1)
         else:
-            x0_BX = concat([dense_BK, emb_BX] if self.dense_inputs else [emb_BX])
+            x0_BX = torch.cat([dense_BK, emb_BX.to(dense_BK.dtype)], dim=1) if self.dense_inputs else emb_BX
         x_BX = x0_BX
         for layer in self.cross:
             x_BX = layer(x0_BX, x_BX)

@@ -17,8 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels.errors import UserError
+from kernels.interaction import DotInteraction, Spec
 from trainer.config import Plugin, Positive
-from trainer.models.base import MLP, ModelInputs, check_top, concat, same_dims
+from trainer.models.base import MLP, ModelInputs, check_top, same_dims
 
 
 class Config(Plugin):
@@ -60,37 +61,16 @@ class DLRM(nn.Module):
         z0 = config.bottom[-1] if inputs.dense else 0
         self.bottom = MLP(inputs.dense, config.bottom, last_relu=True, **options) if inputs.dense else None
         if config.interaction == "dot":
-            vectors = len(inputs.dims) + bool(inputs.dense)
-            self.interaction: nn.Module | None = Dots(vectors, inputs.dims[0])
-            width = z0 + vectors * (vectors - 1) // 2
+            spec = Spec(features=len(inputs.dims), dim=inputs.dims[0], dense=bool(inputs.dense))
+            self.interaction: nn.Module | None = DotInteraction(spec, backend=inputs.interaction)
+            width = spec.columns
         else:
             self.interaction = None
             width = z0 + sum(inputs.dims)
         self.top = MLP(width, config.top, last_relu=False, **options)
 
     def forward(self, dense_BK: Tensor, emb_BX: Tensor) -> Tensor:
-        parts = [self.bottom(dense_BK)] if self.bottom is not None else []
-        if self.interaction is None:
-            return self.top(concat([*parts, emb_BX]))
-        return self.top(concat([*parts, self.interaction(concat([*parts, emb_BX]))]))
-
-
-class Dots(nn.Module):
-    """Dots of all pairs of I vectors: (B, I * D) -> (B, P), the strict lower triangle by rows.
-
-    Three vectors a, b, c give the columns  b.a, c.a, c.b.
-    """
-
-    def __init__(self, vectors: int, dim: int) -> None:
-        super().__init__()
-        self.vectors, self.dim = vectors, dim
-        # Positions in the flattened (I, I) product; made at first use, since `build` runs on the meta device.
-        self._pairs_P: Tensor | None = None
-
-    def forward(self, vectors_BX: Tensor) -> Tensor:
-        if self._pairs_P is None or self._pairs_P.device != vectors_BX.device:
-            i, j = torch.tril_indices(self.vectors, self.vectors, offset=-1, device=vectors_BX.device)
-            self._pairs_P = i * self.vectors + j
-        vectors_BID = vectors_BX.view(-1, self.vectors, self.dim)
-        dots_BII = torch.bmm(vectors_BID, vectors_BID.transpose(1, 2))
-        return dots_BII.flatten(1).index_select(1, self._pairs_P)
+        z0_BD = None if self.bottom is None else self.bottom(dense_BK)
+        if self.interaction is not None:
+            return self.top(self.interaction(z0_BD, emb_BX))
+        return self.top(emb_BX if z0_BD is None else torch.cat([z0_BD, emb_BX.to(z0_BD.dtype)], dim=1))
