@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from kernels.ops import Optimizer
 from sharding.compute_kernel import KernelSharder
@@ -55,7 +55,7 @@ def parallelize(
         plan=plan,
         sharders=[sharder],
         init_data_parallel=False,
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        data_parallel_wrapper=_Replicas(static_graph=False),
     )
     if row_update is not None:
         replace_update(embeddings_of(dmp.module).ebc, row_update)
@@ -65,6 +65,16 @@ def parallelize(
             init_dense(child, seed=seed)
     dmp.init_data_parallel()
     return dmp
+
+
+class _Replicas(DefaultDataParallelWrapper):
+    """DistributedDataParallel where there are several ranks; one alone has nobody to average its gradients with."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        if env.world_size == 1:
+            dmp._dmp_wrapped_module.to(device)
+        else:
+            super().wrap(dmp, env, device)
 
 
 @torch.no_grad()

@@ -25,9 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels.errors import UserError
+from kernels.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,11 @@ class MLP(nn.Sequential):
     ) -> None:
         layers: list[nn.Module] = []
         for i, width in enumerate(widths):
-            layers.append(nn.Linear(width_in, width))
-            if last_relu or i + 1 < len(widths):
-                if batch_norm:
-                    layers.append(nn.BatchNorm1d(width))
-                layers.append(nn.ReLU())
+            hidden = last_relu or i + 1 < len(widths)
+            layers.append(Linear(width_in, width, relu=hidden and not batch_norm))
+            if hidden:
+                # Where the linear layer has the ReLU in it, Identity holds its place: checkpoints name layers by place.
+                layers += [nn.BatchNorm1d(width), nn.ReLU()] if batch_norm else [nn.Identity()]
                 if dropout:
                     layers.append(nn.Dropout(dropout))
             width_in = width

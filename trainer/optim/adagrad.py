@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.ops import Optimizer
 from trainer.config import Plugin
-from trainer.optim.base import l2_of
+from trainer.optim.base import fused, l2_of
 
 
 class Config(Plugin):
@@ -23,7 +23,7 @@ def table(config: Config) -> Optimizer:
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad(params, lr=config.lr, eps=config.eps, weight_decay=config.l2)
+    return torch.optim.Adagrad(params, lr=config.lr, eps=config.eps, weight_decay=config.l2, fused=fused(params))
 
 
 def row_state(p_ED: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.ops import Optimizer
 from trainer.config import Plugin
-from trainer.optim.base import l2_of
+from trainer.optim.base import fused, l2_of
 
 
 class Config(Plugin):
@@ -33,7 +33,9 @@ def table(config: Config) -> Optimizer:
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     betas = (config.beta1, config.beta2)
-    return torch.optim.Adam(params, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.l2)
+    return torch.optim.Adam(
+        params, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.l2, fused=fused(params)
+    )
 
 
 def row_state(p_ED: Tensor) -> dict[str, Tensor]:

@@ -45,6 +45,11 @@ def l2_of(config: Any) -> dict[str, Any]:
     return {"weight_decay": config.l2, "decay": "l2"} if config.l2 else {}
 
 
+def fused(params: Sequence[Tensor]) -> bool | None:
+    """Whether torch's optimizer makes its update in one pass over a parameter: on the CPU; elsewhere torch chooses."""
+    return True if all(p.device.type == "cpu" and p.is_floating_point() for p in params) else None
+
+
 def table_update(config: Optim, plan: Any, *, device: torch.device, kernel: str) -> dict[str, Any]:
     """How the tables of a plan are looked up and updated, as keyword arguments of `sharding.parallelize`:
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from kernels.ops import Optimizer
 from trainer.config import Plugin
-from trainer.optim.base import l2_of
+from trainer.optim.base import fused, l2_of
 
 
 class Config(Plugin):
@@ -27,7 +27,7 @@ def table(config: Config) -> Optimizer:
 
 
 def dense(config: Config, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.l2)
+    return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.l2, fused=fused(params))
 
 
 def row_state(p_ED: Tensor) -> dict[str, Tensor]:
