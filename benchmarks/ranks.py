@@ -16,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import usable_cores
+from trainer import process
 
 
 class Ranks:
     """make: a module-level function; called in every rank, after torch has joined the process group.
 
     A rank has an equal share of the cores for torch's threads, as `tablemesh train` gives it.
+    tuned: whether it is started with the rest of trainer/process.py too, as our own ranks are.
     """
 
-    def __init__(self, make: Callable[..., Any], world_size: int, *args: Any) -> None:
+    def __init__(self, make: Callable[..., Any], world_size: int, *args: Any, tuned: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // world_size))
+        threads = max(1, usable_cores() // world_size)
+        wanted = process.environment(threads=threads) if tuned else {"OMP_NUM_THREADS": str(threads)}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ |= wanted  # read when a process starts
         try:
             pipes = [context.Pipe() for _ in range(world_size)]
             self._pipes = [ours for ours, _ in pipes]
@@ -37,14 +41,15 @@ class Ranks:
                 context.Process(target=_rank, args=(theirs, store, rank, world_size, make, args), daemon=True)
                 for rank, (_, theirs) in enumerate(pipes)
             ]
-            for process in self._processes:
-                process.start()
+            for rank in self._processes:
+                rank.start()
             for _, theirs in pipes:
                 theirs.close()
         finally:
-            os.environ.pop("OMP_NUM_THREADS")
-            if before is not None:
-                os.environ["OMP_NUM_THREADS"] = before
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """The method on every rank at once; its results in rank order."""
@@ -65,9 +70,12 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        self.close()
+
+    def close(self) -> None:
+        for rank in self._processes:
+            rank.kill()
+            rank.join()
         self._folder.cleanup()
 
 

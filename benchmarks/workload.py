@@ -112,7 +112,8 @@ def ours(workload: Workload, precision: str = "fp32", kernel: str = "auto") -> "
     )
     plan = make_plan(task, world_size=world, local_world_size=world, device=cpu, batch_size=workload.batch)
     update = table_update(optim, plan, device=cpu, kernel=kernel)
-    dmp = parallelize(task, plan, device=cpu, seed=SEED, init_dense=init_dense, **update)
+    output = torch.bfloat16 if precision == "bf16" else torch.float32
+    dmp = parallelize(task, plan, device=cpu, seed=SEED, init_dense=init_dense, output=output, **update)
     pipeline = build_pipeline("overlapped", dmp, build_optimizer(optim, dmp), device=cpu)
     dmp.train()
     batches = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import machine
+from trainer import process
 
 Action = Literal["train", "eval", "predict"]
 
@@ -78,7 +79,7 @@ def make(
     given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT)]
     path = os.pathsep.join([str(ROOT), *given])
     env = {
-        "OMP_NUM_THREADS": str(threads),
+        **process.environment(threads=threads),
         "PYTHONPATH": path,
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",

@@ -26,7 +26,9 @@ from torchrec.distributed.composable.table_batched_embedding_slice import TableB
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -53,11 +55,15 @@ def kernels_of(task: nn.Module) -> list["FusedEmbeddingBag"]:
 
 
 class KernelSharder(AllTypesSharder):
-    """Shards an EmbeddingBagCollection onto a backend of kernels/backends/, or the fastest ("auto")."""
+    """Shards an EmbeddingBagCollection onto a backend of kernels/backends/, or the fastest ("auto").
 
-    def __init__(self, *, backend: str, optimizer: Optimizer) -> None:
+    output: dtype of the pooled vectors and of their gradients.  bfloat16 halves what they cost in memory and between
+    the ranks; the vectors of tables that are split by rows stay float32, since ranks add those up.
+    """
+
+    def __init__(self, *, backend: str, optimizer: Optimizer, output: torch.dtype = torch.float32) -> None:
         super().__init__(fused_params={})
-        self.backend, self.optimizer = backend, optimizer
+        self.backend, self.optimizer, self.output = backend, optimizer, output
 
     def shard(
         self,
@@ -77,14 +83,18 @@ class KernelSharder(AllTypesSharder):
             module_fqn=module_fqn,
             backend=self.backend,
             optimizer=self.optimizer,
+            output=self.output,
         )
 
 
 class KernelCollection(ShardedEmbeddingBagCollection):
     """TorchRec's sharded collection with our kernel in its look-ups."""
 
-    def __init__(self, *args: Any, backend: str, optimizer: Optimizer, **kwargs: Any) -> None:
-        self._kernel = {"backend": backend, "optimizer": optimizer}  # first: TorchRec's __init__ creates the look-ups
+    def __init__(
+        self, *args: Any, backend: str, optimizer: Optimizer, output: torch.dtype = torch.float32, **kwargs: Any
+    ) -> None:
+        # First: TorchRec's __init__ creates the look-ups.
+        self._kernel, self._output = {"backend": backend, "optimizer": optimizer}, output
         super().__init__(*args, **kwargs)
 
     def _create_lookups(self) -> None:
@@ -92,12 +102,14 @@ class KernelCollection(ShardedEmbeddingBagCollection):
             if isinstance(sharding, DpPooledEmbeddingSharding):
                 self._lookups.append(sharding.create_lookup())  # dense gradients: nothing is fused
                 continue
+            whole_rows = isinstance(sharding, (TwPooledEmbeddingSharding, CwPooledEmbeddingSharding))
             self._lookups.append(
                 KernelLookup(
                     grouped_configs=sharding._grouped_embedding_configs_per_rank[self._env.rank],
                     device=self._device,
                     pg=self._env.process_group,
                     env=self._env,
+                    output=self._output if whole_rows else torch.float32,
                     **self._kernel,
                 )
             )
@@ -106,9 +118,11 @@ class KernelCollection(ShardedEmbeddingBagCollection):
 class KernelLookup(GroupedPooledEmbeddingsLookup):
     """The look-ups of one sharding type on one rank, one kernel per group of tables."""
 
-    def __init__(self, *, backend: str, optimizer: Optimizer, **kwargs: Any) -> None:
-        self._kernel = {"backend": backend, "optimizer": optimizer}
+    def __init__(self, *, backend: str, optimizer: Optimizer, output: torch.dtype, **kwargs: Any) -> None:
+        self._kernel = {"backend": backend, "optimizer": optimizer, "output": output}
         super().__init__(**kwargs)
+        # What a rank without tables sends must have the dtype that the others expect.
+        self._dummy_embs_tensor = self._dummy_embs_tensor.detach().to(output).requires_grad_()
 
     def _create_embedding_kernel(
         self, config: GroupedEmbeddingConfig, device: torch.device | None, pg: Any, *_: Any
@@ -121,7 +135,14 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
     """One group of tables of one rank, all looked up, and updated, in one call."""
 
     def __init__(
-        self, config: GroupedEmbeddingConfig, pg: Any, *, device: torch.device, backend: str, optimizer: Optimizer
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: Any,
+        *,
+        device: torch.device,
+        backend: str,
+        optimizer: Optimizer,
+        output: torch.dtype,
     ) -> None:
         super().__init__(config, pg, device)
         assert config.pooling is PoolingType.SUM, "sharding/embeddings.py divides for the mean itself"
@@ -129,6 +150,7 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
             tables=tuple(Table(rows=t.local_rows, dim=t.local_cols, name=t.name) for t in config.embedding_tables),
             features=tuple(self._feature_table_map),
             optimizer=optimizer,
+            output=output,
             packed=True,  # TorchRec takes the column shards of a table for one contiguous slice
         )
         self.bags = TableBatchedEmbeddingBag(spec, backend=backend, device=device)

@@ -35,6 +35,7 @@ def parallelize(
     optimizer: Optimizer | None,
     init_dense: Callable[..., None],
     row_update: Callable[..., None] | None = None,
+    output: torch.dtype = torch.float32,
 ) -> DistributedModelParallel:
     """Shard `task` over the ranks of the default process group.
 
@@ -44,11 +45,12 @@ def parallelize(
     init_dense(module, seed=...): fills the parameters of everything outside the tables.
     row_update: replaces FBGEMM's update where that cannot do what is asked; these three are what `table_update` of
         trainer/optim/base.py gives.
+    output: dtype of the pooled vectors that our own kernels give, float32 or bfloat16; FBGEMM's give float32.
     """
     if kernel == "fbgemm" or optimizer is None:
         sharder = AllTypesSharder(fused_params=fused_params(optimizer, device=device) if optimizer else {})
     else:
-        sharder = KernelSharder(backend=kernel, optimizer=optimizer)
+        sharder = KernelSharder(backend=kernel, optimizer=optimizer, output=output)
     dmp = DistributedModelParallel(
         module=task,
         device=device,

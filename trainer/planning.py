@@ -116,7 +116,11 @@ def on_meta(config: Config, dataset: Dataset) -> OnMeta:
     """Tables, dense layers and look-up of this config on the meta device.  UserError where they do not fit together."""
     tables = resolve(config, dataset)
     inputs = ModelInputs(
-        dense=len(dataset.dense), dims=tables.dims, tasks=len(dataset.labels), features=tables.features
+        dense=len(dataset.dense),
+        dims=tables.dims,
+        tasks=len(dataset.labels),
+        features=tables.features,
+        interaction=config.kernels.interaction,
     )
     with torch.device("meta"):
         net = registry.load("trainer.models", config.model.kind).build(config.model, inputs)

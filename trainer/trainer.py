@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kernels.errors import UserError
+from kernels.interaction import DotInteraction
 from sharding.compute_kernel import kernels_of
 from sharding.parallelize import parallelize
 from sharding.plan import plan_task
@@ -33,6 +34,8 @@ from trainer.models.base import init_dense
 from trainer.optim.base import build_optimizer, table_update
 from trainer.pipeline import Pipeline, build_pipeline
 from trainer.planning import cluster_of, constraints_of, limits_of, on_meta, work_of_config
+from trainer.precision import Precision
+from trainer.precision import choose as choose_precision
 from trainer.runlog import RunLog
 from trainer.tables import ResolvedTables
 from trainer.task import TrainTask
@@ -52,6 +55,7 @@ class Built:
     model: nn.Module  # DistributedModelParallel over a TrainTask
     optimizer: Any
     plan: dict[str, Any]  # plan.json
+    precision: Precision
     world: World
 
     def reader(self, split: str, *, batch_size: int, shuffle: bool) -> Reader:
@@ -94,6 +98,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
             f"train.task_weights = {list(weights)} has {len(weights)} values, but the data has {len(labels)} labels "
             f"({', '.join(labels)}); give one weight for each, in this order"
         )
+    precision = choose_precision(config.train.precision, world.device)
     task = TrainTask(
         model.embeddings,
         model.net,
@@ -101,7 +106,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         device=world.device,
         loss=config.train.loss,
         task_weights=weights,
-        bf16=config.train.precision == "bf16",
+        bf16=precision.is_bf16,
         dense_names=[d.name for d in dataset.dense],
     )
     work = work_of_config(config, dataset, model)
@@ -121,6 +126,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         device=world.device,
         seed=config.seed,
         init_dense=init_dense,
+        output=torch.bfloat16 if precision.is_bf16 else torch.float32,
         **table_update(config.optim, plan, device=world.device, kernel=config.kernels.embedding_bag),
     )
     return Built(
@@ -131,6 +137,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         model=sharded,
         optimizer=build_optimizer(config.optim, sharded),
         plan=planned.described,
+        precision=precision,
         world=world,
     )
 
@@ -472,12 +479,20 @@ def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]
             "features": [c.model_dump(mode="json") for c in dataset.categorical],
             "dense": [d.model_dump(mode="json") for d in dataset.dense],
         },
-        "kernels": {"embedding_bag": _embedding_kernel(built)},
+        "kernels": {"embedding_bag": _embedding_kernel(built), **_interaction_kernel(built)},
+        "precision": {"name": built.precision.name, "why": built.precision.why},
         "versions": report.versions(),
         "hardware": report.hardware(),
         "config_sha256": built.config.sha256(),
         "data_fingerprint": dataset.fingerprint,
     }
+
+
+def _interaction_kernel(built: Built) -> dict[str, dict[str, str]]:
+    """Which kernel makes the model's dots, and why; nothing for a model without."""
+    found = [m for m in built.model.module.modules() if isinstance(m, DotInteraction)]
+    choices = {choice.name: choice.why for choice in (m.choice(built.world.device) for m in found)}
+    return {"interaction": {"backend": ", ".join(choices), "why": "; ".join(choices.values())}} if choices else {}
 
 
 def _embedding_kernel(built: Built) -> dict[str, str]:
