@@ -15,9 +15,9 @@ from benchmarks.ranks import Ranks
 from benchmarks.workload import Workload, ours, stock
 from trainer import precision
 
-CHECKED = 20  # steps from the same weights
+CHECKED = 6  # steps from the same weights; later the four batches are learnt by heart, and rounding errors grow
 STEPS, TURNS = 5, 8
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3}  # of the loss of each of the first CHECKED steps, relative
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}  # of the loss of each of the first CHECKED steps, relative
 
 
 def main(*, json: bool = False) -> int:
