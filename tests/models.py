@@ -66,7 +66,8 @@ def build_sharded(
     )
     plan = make_plan(task, world_size=world, local_world_size=local_world_size or world, device=CPU, batch_size=8)
     update = table_update(optim, plan, device=CPU, kernel=kernel)
-    dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, **update)
+    output = torch.bfloat16 if bf16 else torch.float32
+    dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, output=output, **update)
     optimizer = build_optimizer(optim, dmp)
     return build_pipeline(pipeline, dmp, optimizer, device=CPU, schedule=optim.schedule, clip=optim.clip_grad_norm)
 

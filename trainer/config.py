@@ -164,7 +164,7 @@ class Train(Frozen):
     max_steps: Positive | None = None
     nproc: Positive = 1  # ranks, unless --nproc says otherwise
     pipeline: Literal["overlapped", "plain"] = "overlapped"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the dense layers; "auto": bf16 where the CPU has it
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the dense layers; "auto": bf16 where the CPU has it
     loss: Literal["bce", "mse"] = "bce"
     task_weights: tuple[float, ...] | None = None  # one per label; default 1 each
     log_every: Positive = 20

@@ -141,3 +141,25 @@ def test_adam_and_l2_on_the_cpu(kernel):
     sharded = run_ranks(adam_losses, 2, kernel, "row_wise")[0]
     replicated = run_ranks(adam_losses, 2, kernel, "data_parallel")[0]
     assert torch.tensor(sharded) == pytest.approx(torch.tensor(replicated), abs=1e-4)
+
+
+def bf16_losses(shardings):
+    """Losses in bf16 with vectors of bf16, and what the tables came to be, which stay float32."""
+    built = build_sharded(
+        mixed(shardings), FEATURES, MODEL, OPTIM, dense=4, tasks=2, pipeline="overlapped", kernel="auto", bf16=True
+    )
+    outputs = {kernel.bags.spec.output for kernel in kernels_of(built.dmp.module)}
+    return train_sharded(built, make_batches(mixed(shardings), FEATURES, **BATCHES)), outputs
+
+
+@pytest.mark.parametrize(
+    "shardings",
+    [("table_wise",) * 4, ("table_wise", "row_wise", "column_wise", "data_parallel")],
+    ids=["of tables", "mixed"],
+)
+def test_vectors_of_bfloat16(shardings, fbgemm):
+    """In "mixed" three of four ranks look up nothing table-wise: what they send must have the dtype the others expect."""
+    ranks = run_ranks(bf16_losses, 4, shardings)
+    for losses, _ in ranks:
+        assert losses == ranks[0][0] and losses == pytest.approx(fbgemm, rel=0.03)
+    assert torch.bfloat16 in set().union(*(outputs for _, outputs in ranks))
