@@ -138,6 +138,9 @@ def train(
     module: Annotated[
         str, typer.Option(hidden=True, help="What each rank runs: `python -m MODULE JOB.json`.")
     ] = "trainer",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps and print where their time went.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -191,7 +194,7 @@ def train(
         nproc=nproc,
         module=module,
         grace=resolved.run.grace_seconds,
-        values={"resume": _resume_from(resume)} if resume else {},
+        values=({"resume": _resume_from(resume)} if resume else {}) | ({"profile": True} if profile else {}),
     )
     started = time.time()
     ended = follow.run(work, starter, progress.make(console))
@@ -206,6 +209,8 @@ def train(
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)
+    if profile:
+        _print_profile(run_dir, as_json)
 
 
 @app.command()
@@ -453,6 +458,20 @@ def _print_run(run_dir: Path, found: dict[str, Any], page: Path, as_json: bool) 
         console = _console(False)
         _print_figures(console, found)
         console.print(f"report: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True, highlight=False)
+
+
+def _print_profile(run_dir: Path, as_json: bool) -> None:
+    """Where rank 0's steps went, on stderr beside a JSON object; nothing was traced in a run of a few steps."""
+    from launch import figures
+
+    file = run_dir / "profile" / "summary_0.json"
+    if not file.exists():
+        _console(as_json).print("too few steps to profile: the first ones are left out", highlight=False)
+        return
+    found = json.loads(file.read_text())
+    _console(as_json).print(figures.profile(found))
+    path = _shown(run_dir / found["trace"])
+    _console(as_json).print(f"trace: {path} (open it in ui.perfetto.dev)", highlight=False, soft_wrap=True)
 
 
 def _print_figures(console: Console, report: dict[str, Any]) -> None:

@@ -30,6 +30,17 @@ def table(report: dict[str, Any]) -> Table:
     return grid
 
 
+def profile(found: dict[str, Any]) -> Table:
+    """Kind of work, milliseconds and share of a step, out of profile/summary_R.json."""
+    grid = Table(title=f"where a step went: {found['step_ms']:.1f} ms, mean of {found['steps']}", title_justify="left")
+    grid.add_column("kind")
+    for name in ("ms", "share"):
+        grid.add_column(name, justify="right")
+    for row in found["kinds"]:
+        grid.add_row(row["kind"], f"{row['ms']:.2f}", f"{100 * row['share']:.1f}%")
+    return grid
+
+
 def _auc(found: dict[str, Any], bayes: dict[str, Any]) -> str:
     bound = found.get("auc_error_bound")
     digits = f"{found['auc']:.4f}" + (f" (± {bound:.1e})" if bound else "")

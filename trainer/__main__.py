@@ -63,7 +63,7 @@ def _run(job: dict[str, Any], run_dir: Path) -> int:
     world.connect(config.run.timeout_seconds)
     if job["action"] == "train":
         try:
-            train(config, run_dir, world, resume=job.get("resume"))
+            train(config, run_dir, world, resume=job.get("resume"), profiled=bool(job.get("profile")))
         except Stopped:
             dist.barrier()  # nobody leaves while another rank still needs it
             return 75

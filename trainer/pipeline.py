@@ -118,7 +118,8 @@ class Pipeline:
     def _timed(self, phase: str, call: Callable[..., Any], *args: Any) -> Any:
         started = time.perf_counter()
         try:
-            return call(*args)
+            with torch.profiler.record_function(f"phase: {phase}"):
+                return call(*args)
         finally:
             self._seconds[phase] += time.perf_counter() - started
 

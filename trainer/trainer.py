@@ -36,6 +36,7 @@ from trainer.pipeline import Pipeline, build_pipeline
 from trainer.planning import cluster_of, constraints_of, limits_of, on_meta, work_of_config
 from trainer.precision import Precision
 from trainer.precision import choose as choose_precision
+from trainer.profile import Profile
 from trainer.runlog import RunLog
 from trainer.tables import ResolvedTables
 from trainer.task import TrainTask
@@ -142,9 +143,12 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
     )
 
 
-def train(config: Config, run_dir: Path, world: World, *, resume: str | None = None) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, world: World, *, resume: str | None = None, profiled: bool = False
+) -> dict[str, Any]:
     """Train to the end and evaluate; the run folder is then as docs/architecture.md lists it. Returns the report.
 
+    profiled: trace a few steps (trainer/profile.py).
     resume: go on from a checkpoint: "auto" for the run's newest valid one, or a checkpoint's path.
     Raises Stopped when a signal has stopped the run and it is saved.
     """
@@ -154,7 +158,7 @@ def train(config: Config, run_dir: Path, world: World, *, resume: str | None = N
         log = RunLog(run_dir, enabled=world.is_first, tensorboard=config.run.tensorboard)
         if note:
             log.event("message", level="warning", text=note)
-        return _train(config, run_dir, world, log, resume=resume)
+        return _train(config, run_dir, world, log, resume=resume, profiled=profiled)
     finally:
         if log is not None:
             log.close()
@@ -162,7 +166,9 @@ def train(config: Config, run_dir: Path, world: World, *, resume: str | None = N
             lock.release(run_dir)
 
 
-def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: str | None) -> dict[str, Any]:
+def _train(
+    config: Config, run_dir: Path, world: World, log: RunLog, *, resume: str | None, profiled: bool
+) -> dict[str, Any]:
     started = time.time()
     log.event("phase", name="building")
     dataset = open_dataset(config.data.path, config.data.features)
@@ -191,6 +197,7 @@ def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: 
         bayes=bayes.model_dump() if bayes else None,
     )
 
+    profile = Profile(run_dir, world.rank) if profiled else None
     total, window = StepTimer(), StepTimer()
     window_metrics, eval_metrics = built.metrics(bits=WINDOW_BITS), built.metrics()
     during_reader = built.eval_reader(during) if during and config.eval.every else None
@@ -227,11 +234,15 @@ def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: 
         if during_reader and 0 < start.step < steps_total and not start.evaluated:
             evaluate_now(start.step)
         for step in range(start.step + 1, steps_total + 1):
+            if profile:
+                profile.before_step()
             tick = time.perf_counter()
             loss, logits_BT, batch = pipeline.step(batches)
             window_loss += loss
             window_metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
             seconds, samples = time.perf_counter() - tick, progress.samples + batch.rows_in_step
+            if profile:
+                profile.after_step(seconds)
             warm = step - start.step > WARM_UP_STEPS or steps_total - start.step <= WARM_UP_STEPS
             for timer in (total, window) if warm else ():
                 timer.add(seconds=seconds, samples=batch.rows_in_step, phases=_seconds(pipeline))
@@ -249,6 +260,8 @@ def _train(config: Config, run_dir: Path, world: World, log: RunLog, *, resume: 
                 raise _stopped(run_dir, result, session, progress)
     finally:
         batches.close()
+    if profile:
+        profile.close()
 
     session.finish(progress)
     try:

@@ -158,7 +158,7 @@ def bf16_losses(shardings):
     ids=["of tables", "mixed"],
 )
 def test_vectors_of_bfloat16(shardings, fbgemm):
-    """In "mixed" three of four ranks look up nothing table-wise: what they send must have the dtype the others expect."""
+    """In "mixed" three of four ranks look up nothing table-wise; what they send must have the others' dtype."""
     ranks = run_ranks(bf16_losses, 4, shardings)
     for losses, _ in ranks:
         assert losses == ranks[0][0] and losses == pytest.approx(fbgemm, rel=0.03)
