@@ -94,10 +94,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def report(bench: str, rows: list[Row], *, json: bool, notes: tuple[str, ...] = ()) -> int:
-    """Print the rows with hardware and versions; the exit code: 1 when a row is not correct."""
+def report(
+    bench: str, rows: list[Row], *, json: bool, notes: tuple[str, ...] = (), extra: dict[str, object] | None = None
+) -> int:
+    """Print the rows with hardware and versions; the exit code: 1 when a row is not correct.
+
+    notes: further lines for people.  extra: further keys for programs.
+    """
     if json:
         result = {"bench": bench, "hardware": hardware(), "versions": versions(), "rows": [asdict(r) for r in rows]}
+        result |= extra or {}
         print(json_module.dumps(result))
     else:
         machine = hardware()
@@ -108,9 +114,13 @@ def report(bench: str, rows: list[Row], *, json: bool, notes: tuple[str, ...] = 
         for row in rows:
             state = "correct" if row.correct else "NOT CORRECT"
             print(
-                f"{row.name:{width}}  {row.ours:>12,.0f} {row.unit}  {row.ratio:5.2f} of {row.baseline_name} "
-                f"({row.baseline:,.0f})  {state}"
+                f"{row.name:{width}}  {_shown(row.ours):>12} {row.unit}  {row.ratio:5.2f} of {row.baseline_name} "
+                f"({_shown(row.baseline)})  {state}"
             )
         for note in notes:
             print(note)
     return 0 if all(row.correct for row in rows) else 1
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"

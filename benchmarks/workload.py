@@ -78,6 +78,16 @@ class Side:
             losses.append(loss)
         return seconds, [loss.item() for loss in losses]
 
+    def profiled(self, steps: int) -> dict[str, Any]:
+        """trainer.profile.summary of some steps."""
+        from torch.profiler import ProfilerActivity, profile
+
+        from trainer.profile import summary
+
+        with profile(activities=[ProfilerActivity.CPU]) as traced:
+            seconds, _ = self.run(steps)
+        return summary(traced.events(), seconds)
+
 
 def ours(workload: Workload, precision: str = "fp32", kernel: str = "auto") -> "Side":
     """What `tablemesh train` builds, from its own parts."""

@@ -366,6 +366,33 @@ def bench_step(as_json: Json = False) -> None:
     raise typer.Exit(step.main(json=as_json) or 0)
 
 
+Scale = Annotated[float, typer.Option(help="Factor on the rows of the tables.")]
+
+
+@bench.command("rmc1")
+def bench_rmc1(scale: Scale = 0.01, as_json: Json = False) -> None:
+    """A training step of RMC1 (small): latency, samples/s and the share of each kind of work."""
+    _bench_rmc("rmc1", scale, as_json)
+
+
+@bench.command("rmc2")
+def bench_rmc2(scale: Scale = 0.01, as_json: Json = False) -> None:
+    """The same of RMC2, dominated by look-ups."""
+    _bench_rmc("rmc2", scale, as_json)
+
+
+@bench.command("rmc3")
+def bench_rmc3(scale: Scale = 0.01, as_json: Json = False) -> None:
+    """The same of RMC3, dominated by its layers."""
+    _bench_rmc("rmc3", scale, as_json)
+
+
+def _bench_rmc(name: str, scale: float, as_json: bool) -> None:
+    from benchmarks import rmc
+
+    raise typer.Exit(rmc.main(name, scale=scale, json=as_json) or 0)
+
+
 def print_error(message: str) -> None:
     """`error:` and the message in red on stderr, further lines indented under it."""
     first, *rest = message.strip().splitlines() or ["unknown"]

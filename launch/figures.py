@@ -32,8 +32,8 @@ def table(report: dict[str, Any]) -> Table:
 
 def profile(found: dict[str, Any]) -> Table:
     """Kind of work, milliseconds and share of a step, out of profile/summary_R.json."""
-    grid = Table(title=f"where a step went: {found['step_ms']:.1f} ms, mean of {found['steps']}", title_justify="left")
-    grid.add_column("kind")
+    grid = Table()
+    grid.add_column(f"{found['step_ms']:.1f} ms a step went into")
     for name in ("ms", "share"):
         grid.add_column(name, justify="right")
     for row in found["kinds"]:
