@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
 def linear(x_BN: Tensor, weight_MN: Tensor, bias_M: Tensor, *, relu: bool) -> Tensor:
     """(B, M); see the file's docstring."""
-    if torch.is_autocast_enabled(x_BN.device.type):
+    if x_BN.device.type != "meta" and torch.is_autocast_enabled(x_BN.device.type):
         x_BN = x_BN.to(torch.get_autocast_dtype(x_BN.device.type))
     if x_BN.device.type != "cpu" or x_BN.dim() != 2 or not x_BN.numel() or not _onednn(x_BN.dtype):
         y_BM = nn.functional.linear(x_BN, weight_MN, bias_M)
