@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernels.errors import UserError
+from launch import cli_jobs
 from trainer import quiet
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a part of tablemesh beside its baseline.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+for command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.cancel):
+    app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Nproc = Annotated[
@@ -94,6 +97,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn a source into a dataset folder: Parquet files and dataset.json."""
+    from launch import dataset as datasets
     from trainer import prepare as preparing
 
     console = _console(as_json)
@@ -104,7 +108,7 @@ def prepare(
     if replace:
         options["existing"] = "replace"
     given = {name: value for name, value in options.items() if value is not None}
-    dataset = _prepare(console, source, dest, spec=spec, options=given)
+    dataset = datasets.prepare(console, source, dest, spec=spec, options=given)
     if as_json:
         print_json(dataset.model_dump(mode="json"))
     else:
@@ -145,7 +149,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model and evaluate it; prepares the data first where the config says how."""
-    from launch import follow, job, progress, rundir
+    from launch import dataset, follow, job, progress, rundir
     from trainer import config as configs
 
     console = _console(as_json)
@@ -181,7 +185,7 @@ def train(
         else:
             console.print(escape(text), end="", soft_wrap=True, highlight=False)
         return
-    _prepare_missing(console, resolved)
+    dataset.prepare_missing(console, resolved)
     if run_dir is None:
         run_dir = rundir.create(resolved.run.dir, resolved.name)
     else:
@@ -421,31 +425,6 @@ def _scheduler(kind: str) -> Any:
     from kernels import registry
 
     return registry.load("launch.schedulers", kind).Scheduler()
-
-
-def _prepare(console: Console, source: str, dest: Path, *, spec: Path | None, options: dict[str, Any]) -> Any:
-    from launch import progress
-    from trainer import prepare as preparing
-
-    display = progress.make(console)
-    try:
-        return preparing.prepare(source, dest, spec=spec, options=options, progress=display.work)
-    finally:
-        display.close()
-
-
-def _prepare_missing(console: Console, resolved: Any) -> None:
-    """Make the config's dataset where there is none and the config says how."""
-    data = resolved.data
-    if data.features is not None or (data.path / "dataset.json").exists():
-        return
-    if data.prepare is None:
-        raise UserError(
-            f"data.path = {str(data.path)!r}: no dataset there; `tablemesh prepare SOURCE {data.path}` makes one, "
-            "or data.prepare in the config says what to make it from"
-        )
-    console.print(f"preparing {data.prepare} into {data.path}", highlight=False)
-    _prepare(console, data.prepare, data.path, spec=None, options=dict(data.prepare_options))
 
 
 def _resume_from(resume: str) -> str:

@@ -1,7 +1,8 @@
 """Why a job failed: one readable cause out of what the ranks and their agent left behind.
 
 The ranks write ERRORS/rank_R.json ({"rank", "time", "kind", "message", "traceback"}; kind "peer" means that this rank
-only noticed another one's death), the agent writes ERRORS/agent.json (who ended first, and by which signal).
+only noticed another one's death), each node's agent writes ERRORS/agent.json or agent_N.json (who ended first, and by
+which signal), and a node that does not get as far as its ranks ERRORS/node_N.json ({"time", "kind", "message"}).
 """
 
 import json
@@ -49,8 +50,9 @@ class Failure:
 
 def clear(job: Job) -> None:
     """Remove what an earlier job of this run folder left, so that it is not taken for this one's."""
-    for path in [*job.errors.glob("rank_*.json"), job.errors / "agent.json"]:
-        path.unlink(missing_ok=True)
+    for pattern in ("rank_*.json", "agent*.json", "node_*.json"):
+        for path in job.errors.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
@@ -59,11 +61,12 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
     oom_kills: how many processes the kernel killed for memory while the job ran.
     agent_output: what the agent printed, for when it could not write its own file.
     """
-    agent = _read(job.errors / "agent.json")
-    reports = [r for path in sorted(job.errors.glob("rank_*.json")) if (r := _read(path)) is not None]
+    agents = _read_all(job, "agent*.json")
+    reports = _read_all(job, "rank_*.json")
     own = {r.get("rank"): r for r in reports if r.get("kind") != "peer"}
     causes: list[tuple[float, Failure]] = [(r.get("time", 0.0), _of_report(job, r)) for r in own.values()]
-    failures = agent["failures"] if agent else []
+    causes += [(node["time"], _of_node(node)) for node in _read_all(job, "node_*.json")]
+    failures = [ended for agent in agents for ended in agent["failures"]]
     for ended in failures:
         if ended["signal"] and ended["rank"] not in own:
             causes.append((ended["time"] - _NOTICE_SECONDS, _of_signal(job, ended, oom_kills)))
@@ -75,10 +78,11 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
     silent = [ended for ended in failures if not any(r.get("rank") == ended["rank"] for r in reports)]
     for ended in silent or failures:
         return _of_silent_exit(job, ended)
-    if agent and agent.get("exit_code") == 75:
+    if any(agent.get("exit_code") == 75 for agent in agents):
         return Failure(kind="interrupted", message=SAVED, exit_code=75)
-    if agent and agent["stopped_by"]:
-        return Failure(kind="interrupted", message=f"stopped by {agent['stopped_by']}")
+    for agent in agents:
+        if agent["stopped_by"]:
+            return Failure(kind="interrupted", message=f"stopped by {agent['stopped_by']}")
     last = _last_lines(agent_output)
     return Failure(
         kind="launch",
@@ -95,6 +99,10 @@ def _of_report(job: Job, report: dict[str, Any]) -> Failure:
     if kind != "nan":  # whose message says which rank it was, or it was all of them
         message = f"rank {rank} failed: {message}"
     return Failure(kind=kind, message=message, rank=rank, details=job.errors / f"rank_{rank}.json")
+
+
+def _of_node(node: dict[str, Any]) -> Failure:
+    return Failure(kind=node["kind"], message=node["message"], exit_code=2 if node["kind"] == "user" else 1)
 
 
 def _of_signal(job: Job, ended: dict[str, Any], oom_kills: int) -> Failure:
@@ -136,6 +144,10 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _read_all(job: Job, pattern: str) -> list[dict[str, Any]]:
+    return [found for path in sorted(job.errors.glob(pattern)) if (found := _read(path)) is not None]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,17 +2,53 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import machine
+from launch import gpu, machine
 from trainer import process
 
 Action = Literal["train", "eval", "predict"]
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds launch/, trainer/, sharding/, kernels/
+
+
+IMAGE_ROOT = Path("/opt/tablemesh")  # where docker/Dockerfile puts that folder
+VOLUME = Path("/workspace")  # where a volume that the submitting machine does not see is mounted
+
+PORT = 29500  # of the nodes' roll call; each attempt to run takes the next one for its ranks (launch/node.py)
+WAIT_SECONDS = 300  # for all nodes to come
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mount:
+    """A folder of the host, or a volume by name (docker's, or a Kubernetes claim), inside the job's containers."""
+
+    source: str  # absolute path = folder of the host, anything else = name of a volume
+    target: str
+    read_only: bool = False
+
+    @property
+    def is_volume(self) -> bool:
+        return not self.source.startswith("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What the job asks of wherever it runs. None: the scheduler's own default."""
+
+    image: str = ""  # of the containers; "" where there are none
+    gpus: int = 0  # of each node
+    cpus: int | None = None  # of each node
+    memory_mb: int | None = None  # of each node
+    time_minutes: int | None = None  # limit of one run; the job checkpoints before it and is queued again
+    mounts: tuple[Mount, ...] = ()
+    restarts: int = 0  # how often a failed run starts again from its newest checkpoint
+    preflight: bool = False  # examine all nodes before the first step
+    options: Mapping[str, str] = field(default_factory=dict)  # of the scheduler, by its own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +63,9 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)  # added to the ranks' environment
     values: Mapping[str, Any] = field(default_factory=dict)  # what JOB.json says besides action and run_dir
     module: str = "trainer"  # what each rank runs: `python -m MODULE JOB.json`
+    place: Place = Place()
+    detached: bool = False  # goes on when the process that submits it has ended
+    config: str | None = None  # TOML that the first node writes into the run folder, which nobody else can reach
 
     @property
     def file(self) -> Path:
@@ -59,6 +98,23 @@ class Job:
             *("--grace", str(self.grace)),
         ]
 
+    def node_args(self, *, node_rank: str, head: str, run_id: str, port: int | str = PORT) -> list[str]:
+        """Arguments of python for one node of a submitted job (launch/node.py, which explains them)."""
+        return [
+            *("-m", "launch.node"),
+            *("--nodes", str(self.nodes)),
+            *("--node-rank", node_rank),
+            *("--head", head),
+            *("--port", str(port)),
+            *("--run-id", run_id),
+            *("--nproc", str(self.nproc)),
+            *("--restarts", str(self.place.restarts)),
+            *("--grace", str(self.grace)),
+            *(["--preflight"] if self.place.preflight else []),
+            *("--module", self.module),
+            *("--job", str(self.file)),
+        ]
+
 
 def make(
     *,
@@ -69,16 +125,25 @@ def make(
     values: Mapping[str, Any] | None = None,
     module: str = "trainer",
     grace: int = 60,
+    nodes: int = 1,
+    place: Place | None = None,
+    env: Mapping[str, str] | None = None,
+    config: str | None = None,
+    detached: bool = False,
 ) -> Job:
-    """A job of one node, with its threads and environment filled in from this machine.
+    """A job with its threads and environment filled in.
 
-    A rank gets an equal share of the cores, unless OMP_NUM_THREADS is set by the user. `python -m` in the ranks finds
-    our packages and not the ones of the same names that may lie in the working directory or in site-packages.
+    A rank gets an equal share of a node's CPUs: of those that `place` asks for, or else of this machine's; unless
+    OMP_NUM_THREADS is set by the user. `python -m` in the ranks finds our packages and not the ones of the same names
+    that may lie in the working directory or in site-packages.
+    env: what the user adds; it stands above everything that is chosen here.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores() // nproc))
+    place = place or Place()
+    cpus = place.cpus or machine.cores()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cpus // nproc))
     given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT)]
-    path = os.pathsep.join([str(ROOT), *given])
-    env = {
+    path = str(IMAGE_ROOT) if place.image else os.pathsep.join([str(ROOT), *given])
+    chosen = {
         **process.environment(threads=threads),
         "PYTHONPATH": path,
         "PYTHONSAFEPATH": "1",
@@ -87,14 +152,35 @@ def make(
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks' store must not live in the agent
         "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard looks for TensorFlow
     }
+    if place.gpus:
+        chosen |= gpu.SETTINGS
     return Job(
         name=name,
         action=action,
-        run_dir=run_dir.resolve(),
+        run_dir=run_dir if config else run_dir.resolve(),
         nproc=nproc,
+        nodes=nodes,
         threads=threads,
         grace=grace,
-        env=env,
+        env=chosen | dict(env or {}),
         values=values or {},
         module=module,
+        place=place,
+        config=config,
+        detached=detached,
     )
+
+
+def python(job: Job) -> str:
+    """The interpreter that the job's nodes start: this one, or the one of the image."""
+    return "python" if job.place.image else sys.executable
+
+
+def resuming(job: Job) -> Job:
+    """The same job, whose ranks go on from the run folder's newest checkpoint where there is one."""
+    return replace(job, values={"resume": "auto", **job.values})
+
+
+def moved(job: Job, run_dir: Path) -> Job:
+    """The same job in another run folder, whose name it takes."""
+    return replace(job, run_dir=run_dir, name=run_dir.name)

@@ -1,13 +1,16 @@
 """`python -m launch.rank MODULE JOB.json`: become `python -m MODULE JOB.json`, tied to the agent's life.
 
 The agent starts ranks in sessions of their own, so nothing would stop them if it were killed outright. The kernel's
-parent-death signal does, and it survives exec; it has to be asked for by the rank itself.
+parent-death signal does, and it survives exec; it has to be asked for by the rank itself. So is the affinity to the
+CPUs near the rank's GPU (launch/gpu.py), which exec keeps too.
 """
 
 import ctypes
 import os
 import signal
 import sys
+
+from launch import gpu
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -21,7 +24,23 @@ def die_with_parent(number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
 
 
+def settle() -> None:
+    """Keep to the CPUs near this rank's GPU, or to one NUMA node, where the machine has several.
+
+    TABLEMESH_AFFINITY=none leaves it to the kernel, or to whoever bound the job's processes before.
+    """
+    if os.environ.get("TABLEMESH_AFFINITY") == "none":
+        return
+    if not gpu.several_numa_nodes():
+        return
+    found = gpu.numa(os.sched_getaffinity(0), gpu.bus_ids())
+    cpus = gpu.near(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), found)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
 if __name__ == "__main__":
     die_with_parent(signal.SIGKILL)
+    settle()
     module, job = sys.argv[1:]
     os.execv(sys.executable, [sys.executable, "-m", module, job])

@@ -1,10 +1,14 @@
 """The contract of a scheduler: what starts a job somewhere and says how it goes.
 
 A kind is a module in this folder with a class `Scheduler` that has the methods below and takes no arguments. The
-command line asks for a kind by its file name and calls, in this order: `request` alone for `--dry-run`; otherwise
-`submit` once, then `status` a few times a second until it is final, and `cancel` when the user stops the run.
-The run folder (`job.run_dir`) is shared with the ranks: progress, results and errors are read from its files,
-so a scheduler reports no more than the job's state.
+command line asks for a kind by its file name and calls `request` alone for `--dry-run`; otherwise `submit` once. Then
+
+- `tablemesh train` (kind "local") calls `status` a few times a second until it is final, and `cancel` on Ctrl-C;
+- `tablemesh submit` leaves; `tablemesh status`, `logs` and `cancel` come later, in other processes, with the id alone.
+
+Where the run folder (`job.run_dir`) is shared with the ranks, progress, results and errors are read from its files; a
+scheduler reports no more than the job's state. What runs on each node of a submitted job is launch/node.py.
+Whatever goes wrong is a UserError with the scheduler's own words and a way out, and leaves no job behind.
 """
 
 from collections.abc import Iterator
@@ -27,6 +31,8 @@ class State(StrEnum):
 
 
 class Scheduler(Protocol):
+    shares_files: bool  # the nodes see the run folder and the data at the paths they have here
+
     def request(self, job: Job) -> str:
         """Exactly what `submit` would start, as text for people. Starts nothing and writes nothing."""
 
@@ -34,10 +40,13 @@ class Scheduler(Protocol):
         """Start the job and return its id at once. UserError when this machine lacks what the kind needs."""
 
     def status(self, id: str) -> State:
-        """The job's state now; cheap enough to be asked ten times a second."""
+        """The job's state now; UserError for an id that it does not know."""
+
+    def detail(self, id: str) -> str:
+        """The scheduler's own words on that state: why it waits, on which nodes it runs; "" for none."""
 
     def logs(self, id: str) -> Iterator[str]:
-        """What the job's agent, not its ranks, has printed so far, line by line."""
+        """What the job's agents, not its ranks, have printed so far, line by line."""
 
     def cancel(self, id: str) -> None:
         """Stop the job: SIGTERM to every rank, time to save (`job.grace` seconds), then SIGKILL.

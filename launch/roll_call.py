@@ -1,0 +1,173 @@
+"""The nodes of a job meet before their ranks do: who is there, with which versions, and how each attempt ended.
+
+Node 0 keeps a TCPStore; every node writes into it under its own number and reads what node 0 decides. A node that is
+missing is named, which no collective can do: there all that is known is that somebody is silent.
+"""
+
+import json
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+
+from kernels.errors import UserError
+
+VERSIONS = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numba", "numpy", "pyarrow", "tablemesh")
+GATHER_SECONDS = 60  # for the other nodes to say how they ended, after this one has: they notice within a timeout
+POLL_SECONDS = 0.05
+
+
+class Missing(RuntimeError):
+    """Nodes did not come in time, or node 0 cannot be reached."""
+
+
+def facts() -> dict[str, Any]:
+    """What must be equal on all nodes, and the node's name."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"host": socket.gethostname(), "versions": versions}
+
+
+def differences(nodes: list[dict[str, Any]]) -> list[str]:
+    """A line for each node whose versions are not those of most nodes.
+
+    >>> differences([{"host": "a", "versions": {"torch": "1"}}, {"host": "b", "versions": {"torch": "2"}},
+    ...              {"host": "c", "versions": {"torch": "1"}}])
+    ['node 1 (b): torch is 2, on the other nodes 1']
+    """
+    lines = []
+    for name in sorted({name for node in nodes for name in node["versions"]}):
+        found = [node["versions"].get(name, "missing") for node in nodes]
+        usual = max(found, key=found.count)
+        lines += [
+            f"node {rank} ({nodes[rank]['host']}): {name} is {version}, on the other nodes {usual}"
+            for rank, version in enumerate(found)
+            if version != usual
+        ]
+    return lines
+
+
+@dataclass
+class Nodes:
+    """The nodes of one job, from node `rank`'s side. master: the address that all ranks can reach node 0 by."""
+
+    rank: int
+    count: int
+    master: str
+    _store: TCPStore | None  # None where there is one node: nobody to talk to
+
+    @classmethod
+    def meet(
+        cls,
+        *,
+        rank: int,
+        count: int,
+        head: str,
+        port: int,
+        run_id: str,
+        wait: timedelta,
+        own: Callable[[], dict[str, Any]] = facts,
+    ) -> "Nodes":
+        """Wait for all nodes. Missing when some do not come, UserError when their versions differ.
+
+        head, port: where node 0 is to be found. run_id: the same on all nodes of a job; a node of another job that
+        comes to this port is turned away by it.
+        """
+        if count == 1:
+            return cls(0, 1, "localhost", None)
+        try:
+            store = TCPStore(head, port, None, rank == 0, wait, wait_for_workers=False)
+        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+            if rank == 0:
+                raise Missing(f"node 0 ({socket.gethostname()}) cannot listen on port {port}: {error}") from error
+            raise Missing(
+                f"node {rank} ({socket.gethostname()}) cannot reach node 0 at {head}:{port} "
+                f"within {wait.total_seconds():.0f} s; is the port open between the nodes?"
+            ) from error
+        nodes = cls(rank, count, head, store)
+        store.set(f"{run_id}/{rank}", json.dumps(own()))
+        if rank == 0:
+            there = nodes._all(run_id, wait.total_seconds())
+            missing = [str(n) for n, found in enumerate(there) if found is None]
+            known = {found["host"] for found in there if found is not None}
+            verdict = ""
+            if missing:
+                verdict = (
+                    f"node {', '.join(missing)} of {count} did not come within {wait.total_seconds():.0f} s; "
+                    f"there are {', '.join(sorted(known))}, and port {port} of {head} is where they meet"
+                )
+            store.set(f"{run_id}/missing", verdict)
+            different = [] if missing else differences([found for found in there if found is not None])
+            store.set(f"{run_id}/different", "\n".join(different))
+        try:
+            verdict = store.get(f"{run_id}/missing").decode()
+            different = store.get(f"{run_id}/different").decode()
+        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+            raise Missing(f"node {rank} ({socket.gethostname()}): no word from node 0 at {head}:{port}") from error
+        if verdict:
+            raise Missing(verdict)
+        if different:
+            raise UserError(f"the nodes do not run the same software:\n{different}")
+        return nodes
+
+    def ready(self, attempt: int) -> None:
+        """Return when node 0 has cleared up for this attempt."""
+        if self._store is None:
+            return
+        if self.rank == 0:
+            self._store.set(f"ready/{attempt}", "")
+        else:
+            self._store.get(f"ready/{attempt}")
+
+    def gather(self, attempt: int, code: int) -> list[int | None] | None:
+        """Tell how this node's ranks ended. On node 0: the exit codes of all, None where a node is silent."""
+        if self._store is None:
+            return [code]
+        try:
+            self._store.set(f"exit/{attempt}/{self.rank}", json.dumps(code))
+        except (DistNetworkError, DistStoreError, RuntimeError):  # node 0 has gone, and its verdict with it
+            return None
+        return self._all(f"exit/{attempt}", GATHER_SECONDS) if self.rank == 0 else None
+
+    def tell(self, attempt: int, verdict: str) -> None:
+        """Node 0: let the others know what comes now, and hear that they do before leaving."""
+        if self._store is None:
+            return
+        self._store.set(f"verdict/{attempt}", verdict)
+        self._all(f"heard/{attempt}", 10, but=0)
+
+    def verdict(self, attempt: int, *, default: str) -> str:
+        """Node 0's word; `default` when it has gone without one."""
+        assert self._store is not None
+        try:
+            self._store.wait([f"verdict/{attempt}"], timedelta(seconds=2 * GATHER_SECONDS))
+            told = self._store.get(f"verdict/{attempt}").decode()
+            self._store.set(f"heard/{attempt}/{self.rank}", "1")
+        except (DistNetworkError, DistStoreError, RuntimeError):
+            return default
+        return told
+
+    def _all(self, prefix: str, seconds: float, *, but: int = -1) -> list[Any]:
+        """What every node has set under the prefix; None for those that have not after this time."""
+        assert self._store is not None
+        found: list[Any] = [None] * self.count
+        open_ = [rank for rank in range(self.count) if rank != but]
+        deadline = time.monotonic() + seconds
+        while True:
+            for rank in list(open_):
+                if self._store.check([f"{prefix}/{rank}"]):
+                    found[rank] = json.loads(self._store.get(f"{prefix}/{rank}"))
+                    open_.remove(rank)
+            if not open_ or time.monotonic() > deadline:
+                return found
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,131 @@
+"""A job that was submitted earlier, by its handle: state, progress, output, end."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import UserError
+from launch import follow as following
+from launch import handles, rundir
+from launch import job as jobs
+from launch.progress import Display
+from launch.submit import scheduler
+
+CANCEL_SECONDS = 60.0  # for the scheduler to say that the job has ended
+
+
+def status(text: str) -> dict[str, Any]:
+    """handle, state, detail (the scheduler's words), run_dir, and of a run folder: status, step, steps_total, ..."""
+    job = handles.find(text)
+    there = scheduler(job.kind)
+    state = there.status(job.id)
+    return {
+        "handle": job.handle,
+        "state": str(state),
+        "detail": there.detail(job.id),
+        "run_dir": str(job.run_dir) if job.run_dir else None,
+        "progress": progress(job.run_dir) if job.run_dir else None,
+    }
+
+
+def progress(run_dir: Path) -> dict[str, Any]:
+    """How far the run has come, from metrics.jsonl; its status and error from report.json."""
+    found: dict[str, Any] = {"status": None, "step": None, "steps_total": None, "samples_per_second": None, "auc": None}
+    for line in following.Lines(run_dir / "metrics.jsonl").new():
+        try:
+            event = json.loads(line)
+        except ValueError:  # a rank was killed in the middle of a line
+            continue
+        if event.get("event") in ("start", "train", "eval"):
+            found |= {key: event[key] for key in found if event.get(key) is not None}
+    report = rundir.report(run_dir)
+    return found | {"status": report.get("status"), "error": (report.get("error") or {}).get("message")}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """`status` for people."""
+    detail = f": {found['detail']}" if found["detail"] else ""
+    out = [f"{found['handle']}  {found['state']}{detail}"]
+    how = found["progress"]
+    if how:
+        parts = [f"step {how['step']} of {how['steps_total']}" if how["step"] else "no step yet"]
+        if how["samples_per_second"]:
+            parts.append(f"{how['samples_per_second']:,.0f} samples/s")
+        if how["auc"]:
+            parts.append(f"AUC {how['auc']:.4f}")
+        out.append(f"{found['run_dir']}: {', '.join(parts)}")
+        if how["error"]:
+            out.append(f"error: {how['error']}")
+    return out
+
+
+def logs(text: str, *, rank: int | None, follow: bool, wait: Callable[[], None]) -> Iterator[str]:
+    """Lines of the job's output, to its end with `follow`. wait: called between two looks."""
+    job = handles.find(text)
+    there = scheduler(job.kind)
+    source = _of_rank(job, rank) if rank is not None else _of_all(job, there)
+    while True:
+        last = not follow or there.status(job.id).final
+        yield from source(last)
+        if last:
+            return
+        wait()
+
+
+def cancel(text: str) -> dict[str, Any]:
+    """Stop the job and wait until the scheduler says that it has ended; handle, what it was and is."""
+    job = handles.find(text)
+    there = scheduler(job.kind)
+    was = now = there.status(job.id)
+    if not was.final:
+        there.cancel(job.id)
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while not (now := there.status(job.id)).final and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return {"handle": job.handle, "was": str(was), "state": str(now)}
+
+
+def _of_rank(job: handles.Submitted, rank: int) -> Callable[[bool], Iterator[str]]:
+    if job.run_dir is None:
+        raise UserError(f"--rank {rank}: the run folder of {job.handle} is not to be seen from here")
+    files = [following.Lines(job.run_dir / "logs" / "train" / f"rank_{rank}.{end}") for end in ("out", "err")]
+    return lambda last: (line for file in files for line in file.new())
+
+
+def _of_all(job: handles.Submitted, there: Any) -> Callable[[bool], Iterator[str]]:
+    """The scheduler's lines, then the ranks' as far as they are for people; each line once."""
+    seen = 0
+    printed = _Collector()
+    output = following.Output(_ranks_of(job.run_dir), printed) if job.run_dir else None
+
+    def more(last: bool) -> Iterator[str]:
+        nonlocal seen
+        own = list(there.logs(job.id))
+        yield from own[seen:]
+        seen = len(own)
+        if output:
+            output.show(all=last)
+            yield from printed.take()
+
+    return more
+
+
+def _ranks_of(run_dir: Path) -> jobs.Job:
+    count = len(list((run_dir / "logs" / "train").glob("rank_*.err")))
+    return jobs.Job(name=run_dir.name, action="train", run_dir=run_dir, nproc=count, threads=1)
+
+
+class _Collector(Display):
+    """Takes the lines that launch.follow would print."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def line(self, text: str, style: str = "") -> None:
+        self._lines.append(text)
+
+    def take(self) -> list[str]:
+        taken, self._lines = self._lines, []
+        return taken
