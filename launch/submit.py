@@ -31,36 +31,65 @@ def prepare(
     nproc: ranks of each node; default: one for each GPU asked for, or train.nproc.
     named: the user chose the run's name. Where nobody here can see which names are taken, others get the time as well.
     """
-    nproc = nproc or place.gpus or config.train.nproc
-    if place.gpus and nproc > place.gpus:
-        raise UserError(
-            f"--nproc {nproc}: more ranks than the {place.gpus} GPUs of a node; each rank has one of its own"
-        )
-    config.check_world_size(nodes * nproc)
-    name, shares_files = config.name, scheduler(kind).shares_files
-    if not shares_files and not named:
-        name = f"{name}-{time.strftime('%m%d-%H%M%S')}"
-    text = None
-    if shares_files:
-        run_dir = (config.run.dir / name).absolute()
-    else:
-        run_dir = job.VOLUME / config.run.dir / name
-        text = config.model_copy(update={"data": _on_volume(config)}).to_toml()
+    nproc = _ranks(config, nodes, nproc, place)
+    shares_files = scheduler(kind).shares_files
+    if not shares_files:
+        name = config.name if named else f"{config.name}-{time.strftime('%m%d-%H%M%S')}"
+        return delivered(config, name, None, nodes=nodes, nproc=nproc, place=place, env=env)
+    run_dir = (config.run.dir / config.name).absolute()
     if kind == "docker":
         place = _with_folders(place, run_dir.parent, config.data.path.absolute())
     made = job.make(
-        name=name,
+        name=config.name,
         action="train",
         run_dir=run_dir,
         nproc=nproc,
         nodes=nodes,
         place=place,
         env=env,
-        config=text,
         grace=config.run.grace_seconds,
         detached=True,
     )
     return job.resuming(made)
+
+
+def delivered(
+    config: Config,
+    name: str,
+    root: Path | None,
+    *,
+    nodes: int,
+    nproc: int | None,
+    place: Place,
+    env: dict[str, str] | None = None,
+) -> Job:
+    """A job that brings its config along; node 0 makes the run folder.
+
+    root: what relative paths of the config are relative to; None: the volume that is mounted at job.VOLUME.
+    """
+    root = root or job.VOLUME
+    nproc = _ranks(config, nodes, nproc, place)
+    there = config.model_copy(update={"data": config.data.model_copy(update={"path": root / config.data.path})})
+    return job.make(
+        name=name,
+        action="train",
+        run_dir=root / config.run.dir / name,
+        nproc=nproc,
+        nodes=nodes,
+        place=place,
+        env=env,
+        config=there.to_toml(),
+        grace=config.run.grace_seconds,
+    )
+
+
+def _ranks(config: Config, nodes: int, nproc: int | None, place: Place) -> int:
+    """Ranks of each node. UserError when they do not fit the GPUs or the config's streams."""
+    nproc = nproc or place.gpus or config.train.nproc
+    if place.gpus and nproc > place.gpus:
+        raise UserError(f"--nproc {nproc}: more ranks than the {place.gpus} GPUs of a node; each has one of its own")
+    config.check_world_size(nodes * nproc)
+    return nproc
 
 
 def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str, Path]:
@@ -119,10 +148,6 @@ def pairs(flag: str, texts: list[str]) -> dict[str, str]:
             raise UserError(f"{flag} {text!r}: write it as {flag} NAME=VALUE")
         found[name] = value
     return found
-
-
-def _on_volume(config: Config) -> Any:
-    return config.data.model_copy(update={"path": job.VOLUME / config.data.path})
 
 
 def _with_folders(place: Place, *folders: Path) -> Place:

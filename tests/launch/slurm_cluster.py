@@ -1,10 +1,11 @@
 """A Slurm cluster of two nodes on this machine, from nothing: munged, mariadbd, slurmdbd, slurmctld, two slurmd.
 
-Needs Debian's slurm-wlm, slurmdbd, munge and mariadb-server, and root: `missing()` says what is not there. Everything lives in
-one folder (keys, database, spool, logs) and on ports of its own, beside a cluster that may already run here; nothing
-under /etc but one line in /etc/hosts per node, which `stop` takes away again.
+Needs Debian's slurm-wlm, slurmdbd, munge and mariadb-server, and root: `missing()` says what is not there. Everything
+lives in one folder (keys, database, spool, logs) and on ports of its own, beside a cluster that may already run here;
+nothing under /etc but one line in /etc/hosts per node, which `stop` takes away again.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -67,9 +68,7 @@ class Cluster:
 
     def call(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
         """One of Slurm's commands on this cluster."""
-        done = subprocess.run(
-            words, env=os.environ | self.env, capture_output=True, text=True, check=False, timeout=60
-        )
+        done = subprocess.run(words, env=os.environ | self.env, capture_output=True, text=True, check=False, timeout=60)
         assert not check or done.returncode == 0, f"{words}: {done.stderr}"
         return done
 
@@ -96,7 +95,12 @@ class Cluster:
         (self.folder / "munge").chmod(0o711)
         words = [
             *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"),
-            *(f"--socket={here}/socket", f"--pid-file={here}/pid", f"--seed-file={here}/seed", f"--log-file={here}/log"),
+            *(
+                f"--socket={here}/socket",
+                f"--pid-file={here}/pid",
+                f"--seed-file={here}/seed",
+                f"--log-file={here}/log",
+            ),
         ]
         self._daemon("munged", *words)
         self._until((self.folder / "munge/socket").exists, "munged")
@@ -188,7 +192,9 @@ class Cluster:
     def _until(self, true: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not true():
-            logs = "\n".join(f"{p.name}: {p.read_text(errors='replace')[-800:]}" for p in (self.folder / "log").glob("*"))
+            logs = "\n".join(
+                f"{p.name}: {p.read_text(errors='replace')[-800:]}" for p in (self.folder / "log").glob("*")
+            )
             assert time.monotonic() < deadline, f"{what} did not come within {START_SECONDS:.0f} s\n{logs}"
             time.sleep(0.1)
 
@@ -236,7 +242,5 @@ def _processes_named(name: str, mention: str) -> list[int]:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
