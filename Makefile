@@ -1,6 +1,8 @@
 # make train   from nothing to a trained model and its report
 # make test    from nothing to all tests
 #
+# make test-slurm  a Slurm cluster on this machine, and training on it (root; docs/launch.md says which packages)
+#
 # TARGET=cpu|cuda      which lock file (default: cuda where nvidia-smi answers)
 # TORCH_INDEX=<index>  a package index of smaller, CPU-only torch wheels (default: the index pip is set to)
 # PYTHON=<program>     a Python >= 3.11 (default: python3.11, or else python3)
@@ -22,13 +24,16 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TARGET) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) pyproject.toml) | cksum | cut -d' ' -f1)
 
-.PHONY: train test install lint clean
+.PHONY: train test test-slurm install lint clean
 
 train: install
 	@$(VENV)/bin/tablemesh train configs/quickstart.toml
 
 test: install
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+test-slurm: install
+	@$(VENV)/bin/python -m pytest -m cluster tests/launch/test_slurm.py
 
 lint: install
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

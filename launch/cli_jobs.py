@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the config; repeatable.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the config's name.")] = None,
+    module: Annotated[
+        str, typer.Option(hidden=True, help="What each rank runs: `python -m MODULE JOB.json`.")
+    ] = "trainer",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be sent, send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +72,7 @@ def submit(
     made = submitting.prepare(
         resolved, on, nodes=nodes, nproc=nproc, place=place, env=variables, named=name is not None
     )
+    made = replace(made, module=module)
     if dry_run:
         text = submitting.scheduler(on).request(made)
         if as_json:

@@ -13,23 +13,12 @@ from pathlib import Path
 SYS = Path("/sys")
 
 # What a job with GPUs gets in its environment; `tablemesh submit --env NAME=VALUE` overrides each of them.
+# docs/launch.md lists what else to try.
 SETTINGS = {
     "NCCL_DEBUG": "WARN",  # NCCL says nothing of a broken network otherwise
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # after a timeout each rank writes down which collectives it was in
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # the ids of a batch vary in number, which fragments the memory
 }
-
-# Not set, because NCCL's own choice is right where the network is; what to try where it is not.
-ADVICE = {
-    "NCCL_SOCKET_IFNAME": "network interface for the set-up and for TCP, such as eth0; ^docker0,lo leaves some out",
-    "GLOO_SOCKET_IFNAME": "the same for gloo, which has one connection more per pair of ranks",
-    "NCCL_IB_HCA": "InfiniBand cards to use, such as mlx5_0,mlx5_1",
-    "NCCL_IB_DISABLE": "1: TCP even where there is InfiniBand, to tell whose fault it is",
-    "NCCL_P2P_DISABLE": "1: no direct copies between the GPUs of a node, likewise",
-    "NCCL_NVLS_ENABLE": "0: no reductions in the NVLink switch, which need memory of their own",
-    "NCCL_DEBUG": "INFO: which cards and paths were chosen, once per rank",
-}
-
 
 @dataclass(frozen=True)
 class Numa:

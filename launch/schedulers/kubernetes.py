@@ -10,6 +10,7 @@ scheduling (minAvailable) lets no pod wait for the others on a GPU of its own.
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -145,7 +146,9 @@ def _words_of_the_cluster() -> Iterator[None]:
     from urllib3.exceptions import HTTPError
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a missing kubeconfig, which the error then tells
+            yield
     except ApiException as error:
         try:
             said = json.loads(error.body)["message"]

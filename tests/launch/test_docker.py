@@ -1,0 +1,56 @@
+"""docker/: the Dockerfile is one that hadolint accepts and copies what is there; compose.yaml says what it should."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCKERFILE = ROOT / "docker/Dockerfile"
+
+
+def test_hadolint_has_nothing_to_say():
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_what_is_copied_is_there_and_not_ignored():
+    ignored = (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    for line in re.findall(r"^COPY (.*)$", DOCKERFILE.read_text(), flags=re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists()
+            assert f"!{source.split('/')[0]}" in ignored
+    for package in ("kernels", "sharding", "trainer", "launch", "benchmarks"):
+        assert DOCKERFILE.read_text().count(f"COPY {package} {package}\n") == 2, "in both targets"
+
+
+def test_both_targets_have_their_lock_file_and_no_root():
+    text = DOCKERFILE.read_text()
+    for target in ("cpu", "cuda"):
+        assert f"FROM packages-{target} AS {target}\n" in text and f"--requirement locks/{target}.txt" in text
+    assert text.count("USER 1000:1000") == 2 and text.count("&& tablemesh doctor") == 2
+
+
+def test_compose_trains_the_quickstart_and_shows_it():
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    assert set(services) == {"train", "tensorboard"}
+    assert services["train"]["build"]["dockerfile"] == "docker/Dockerfile"
+    assert "${CONFIG:-configs/quickstart.toml}" in services["train"]["command"]
+    for service in services.values():
+        assert "../runs:/workspace/runs" in service["volumes"]
+
+
+def test_compose_accepts_it():
+    for words in (["docker-compose"], ["docker", "compose"]):
+        if shutil.which(words[0]) and subprocess.run([*words, "version"], capture_output=True).returncode == 0:
+            break
+    else:
+        pytest.skip("neither docker-compose nor `docker compose` is installed")
+    words += ["-f", str(ROOT / "docker/compose.yaml"), "config", "--quiet"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

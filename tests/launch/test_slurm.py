@@ -1,0 +1,208 @@
+"""Slurm for real: two nodes on this machine (tests/launch/slurm_cluster.py), trained on. `make test-slurm`.
+
+Marked "cluster": minutes, root and Debian's slurm packages, so not among what `make test` runs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import slurm_cluster
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SECONDS = 230.0  # for a job; on two idle cores they take 20 to 40 s
+
+CONFIG = """
+name = "{name}"
+[data]
+path = "{data}"
+prepare = "synthetic:criteo"
+prepare_options = {{ rows = 60_000, seed = 1, scale = 0.01 }}
+[tables]
+dim = 8
+[model]
+kind = "dlrm"
+bottom = [16, 8]
+top = [16, 1]
+[optim]
+sparse = {{ kind = "rowwise_adagrad", lr = 0.05 }}
+dense = {{ kind = "adam", lr = 0.002 }}
+[train]
+batch_size = 512
+epochs = {epochs}
+log_every = 5
+[checkpoint]
+every_steps = 20
+[run]
+timeout_seconds = 60
+grace_seconds = 30
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    why = slurm_cluster.missing()
+    if why:
+        pytest.skip(why)
+    with tempfile.TemporaryDirectory(prefix="tm") as folder:  # short: munge's socket is in it
+        made = slurm_cluster.Cluster(Path(folder) / "slurm")
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data") / "small"
+
+
+@pytest.fixture
+def command(cluster, tmp_path):
+    """command(*words) -> the JSON object that `tablemesh WORDS --json` prints; an error is its text."""
+    env = os.environ | cluster.env | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
+    env["OMP_NUM_THREADS"] = "1"
+
+    def run(*words, text=False):
+        full = [sys.executable, "-m", "launch.cli", *map(str, words), *([] if text else ["--json"])]
+        done = subprocess.run(full, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240)
+        if done.returncode:
+            return done.stderr
+        return done.stdout if text else json.loads(done.stdout)
+
+    return run
+
+
+def write(tmp_path, data, name, epochs=1):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(CONFIG.format(name=name, data=data, epochs=epochs))
+    return path
+
+
+def until(command, handle, true, what):
+    deadline = time.monotonic() + SECONDS
+    while not true(found := command("status", handle)):
+        assert time.monotonic() < deadline, f"{what}: {found}\n{command('logs', handle, text=True)}"
+        time.sleep(0.3)
+    return found
+
+
+def ended(found):
+    return found["state"] in ("succeeded", "failed", "cancelled")
+
+
+def losses(run):
+    """Loss by step, the last word on each: a resumed run repeats the steps since its checkpoint."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Losses and AUC of the same training with two ranks on this machine, no Slurm."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = ["train", str(write(folder, data, "alone", epochs=2)), "--nproc", "2", "--json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    full = [sys.executable, "-m", "launch.cli", *words]
+    done = subprocess.run(full, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "runs/alone"), json.loads(done.stdout)["eval"]["auc"]
+
+
+def check_equal(run, undisturbed):
+    wanted, auc = undisturbed
+    assert losses(run) == pytest.approx(wanted, rel=1e-6)
+    assert json.loads((run / "report.json").read_text())["eval"]["auc"] == pytest.approx(auc, abs=1e-6)
+
+
+def submit(command, tmp_path, data, name, *words):
+    path = write(tmp_path, data, name, epochs=2)
+    told = command("submit", path, "--on", "slurm", "--nodes", "2", "--nproc", "1", "--cpus", "1", *words)
+    assert isinstance(told, dict), told
+    return told["handle"], Path(told["run_dir"])
+
+
+def test_two_nodes_train_to_the_result_of_one(command, cluster, tmp_path, data, undisturbed):
+    handle, run = submit(command, tmp_path, data, "two", "--preflight")
+    found = until(command, handle, ended, "the end")
+    assert found["state"] == "succeeded", command("logs", handle, text=True)
+    check_equal(run, undisturbed)
+    preflight = json.loads((run / "preflight.json").read_text())
+    assert preflight["ok"] and len(preflight["ranks"]) == 2 and len(preflight["links_gbit_s"]) == 2
+    assert "run 0 ended with exit code 0" in command("logs", handle, text=True)
+    assert command("status", run)["handle"] == handle
+
+
+def test_cancel(command, cluster, tmp_path, data):
+    handle, _ = submit(command, tmp_path, data, "cancelled", "--set", "train.epochs=200")
+    until(command, handle, lambda found: found["progress"]["step"], "a step")
+    assert command("cancel", handle)["state"] == "cancelled"
+    assert "CANCELLED" in command("status", handle)["detail"]
+    assert not cluster.call("squeue", "--noheader").stdout.strip()
+
+
+def test_a_signal_before_the_time_limit_saves_and_queues_again(command, cluster, tmp_path, data, undisturbed):
+    handle, run = submit(command, tmp_path, data, "requeued")
+    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    cluster.call("scancel", "--signal=USR1", handle.rsplit("/", 1)[1])
+    found = until(command, handle, ended, "the end")
+    said = command("logs", handle, text=True)
+    assert found["state"] == "succeeded", said
+    assert "run 0 ended with exit code 75" in said and "run 1 ended with exit code 0" in said
+    check_equal(run, undisturbed)
+
+
+def test_a_killed_worker_starts_all_again(command, cluster, tmp_path, data, undisturbed):
+    handle, run = submit(command, tmp_path, data, "killed")
+    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    (victim,) = [
+        pid
+        for pid in slurm_cluster._processes_with("RANK=1", f"SLURM_CONF={cluster.folder}")
+        if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(victim, signal.SIGKILL)
+    found = until(command, handle, ended, "the end")
+    said = command("logs", handle, text=True)
+    assert found["state"] == "succeeded", said
+    assert "rank 1 was killed by SIGKILL" in said and "starting again from the newest checkpoint" in said
+    check_equal(run, undisturbed)
+
+
+def test_a_killed_node_brings_the_job_back(command, cluster, tmp_path, data, undisturbed):
+    handle, run = submit(command, tmp_path, data, "lost")
+    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    node = slurm_cluster.NODES[1]
+    cluster.kill_node(node)
+    deadline = time.monotonic() + 90
+    while not cluster.states()[node].startswith("down"):
+        assert time.monotonic() < deadline, cluster.states()
+        time.sleep(0.5)
+    cluster.start_node(node)
+    found = until(command, handle, ended, "the end")
+    assert found["state"] == "succeeded", command("logs", handle, text=True)
+    check_equal(run, undisturbed)
+
+
+def test_bad_input_leaves_no_job(command, cluster, tmp_path, data):
+    path = write(tmp_path, data, "bad")
+    for words, said in (
+        (("--option", "partition=nowhere"), "invalid partition"),
+        (("--nodes", "4", "--nproc", "1"), "--nodes"),
+        (("--cpus", "64"), "sinfo"),
+        (("--option", "account=nobody", "--option", "qos=none"), "nvalid"),
+    ):
+        told = command("submit", path, "--on", "slurm", *words)
+        assert isinstance(told, str) and said in told and told.startswith("error: "), told
+    assert not cluster.call("squeue", "--noheader").stdout.strip()
+    assert not list((tmp_path / "runs").glob("bad*"))
+    assert "knows no job" in command("status", "slurm://tablemesh/999999")

@@ -1,0 +1,241 @@
+"""`tablemesh submit` and its dry runs, held by golden files; a job in the background from submission to its end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kernels.errors import UserError
+from launch import cli, handles, submit
+from launch.job import Mount
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GOLDEN = ROOT / "tests/golden/submit"
+MODULE = "tests.launch.fake_rank"
+
+CASES = {
+    "local": ("--on", "local"),
+    "docker": ("--on", "docker", "--nodes", "2", "--image", "tablemesh:cpu", "--memory", "8G", "--cpus", "2"),
+    "slurm": (
+        *("--on", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--cpus", "32", "--memory", "200G"),
+        *("--time", "12h", "--option", "partition=gpu", "--env", "NCCL_DEBUG=INFO", "--preflight"),
+    ),
+    "kubernetes": (
+        *("--on", "kubernetes", "--nodes", "2", "--gpus-per-node", "4", "--cpus", "64", "--memory", "400G"),
+        *("--image", "registry.example/tablemesh:cuda", "--mount", "tablemesh:/workspace"),
+        *("--option", "node_selector=gpu:h100", "--option", "tolerate=nvidia.com/gpu"),
+    ),
+    "aws_batch": (
+        *("--on", "aws_batch", "--nodes", "2", "--gpus-per-node", "4", "--cpus", "96", "--memory", "700G"),
+        *("--image", "registry.example/tablemesh:cuda", "--mount", "fs-1:/workspace", "--option", "queue=train"),
+    ),
+}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(*words) -> (exit code, stdout, stderr) in an empty folder, with a list of jobs of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["tablemesh", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "data/quickstart").mkdir(parents=True)
+    (tmp_path / "data/quickstart/dataset.json").write_text("{}")
+    path = tmp_path / "config.toml"
+    path.write_text((ROOT / "configs/quickstart.toml").read_text())
+    return path
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """What differs from one submission, user or machine to the next."""
+    from torchx.schedulers import aws_batch_scheduler, docker_scheduler, kubernetes_scheduler
+
+    from launch import machine
+    from launch.schedulers import docker
+
+    for module in (aws_batch_scheduler, docker_scheduler, kubernetes_scheduler):
+        monkeypatch.setattr(module, "make_unique", lambda name: f"{name}-xyz")
+    monkeypatch.setattr(docker, "user", lambda: "1000:1000")
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("USER", "somebody")
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_dry_run_is_the_golden_one(kind, command, config, fixed, tmp_path):
+    code, out, err = command("submit", config, *CASES[kind], "--name", "golden", "--dry-run")
+    assert (code, err) == (0, "")
+    text = out.replace(str(tmp_path), "/home/somebody").replace(sys.executable, "/venv/bin/python")
+    text = re.sub(r"(torchx.pytorch.org/user: ).*", r"\1somebody", text.replace(str(ROOT), "/opt/code"))
+    path = GOLDEN / f"{kind}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), "a changed request? UPDATE_GOLDEN=1 pytest tests/launch/test_submit.py writes it"
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "state").exists()
+
+
+def test_the_pods_are_valid_for_kubernetes(command, config, fixed):
+    """Each task's template as a Pod: Volcano's own kind is unknown to the validator, which would pass anything."""
+    import kubernetes_validate
+    import yaml
+
+    _, out, _ = command("submit", config, *CASES["kubernetes"], "--name", "golden", "--dry-run")
+    job = yaml.safe_load(out)
+    assert (job["apiVersion"], job["kind"], job["spec"]["minAvailable"]) == ("batch.volcano.sh/v1alpha1", "Job", 2)
+    assert len(job["spec"]["tasks"]) == 2
+    for task in job["spec"]["tasks"]:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": task["name"]}} | task["template"]
+        pod["metadata"] = {**task["template"]["metadata"], "name": task["name"]}
+        kubernetes_validate.validate(pod, "1.32", strict=True)
+        pod["spec"]["restartPolicyy"] = "Never"
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(pod, "1.32", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--on", "slrum"), "did you mean 'slurm'?"),
+        (("--on", "slurm", "--option", "partion=x"), "did you mean 'partition'?"),
+        (("--on", "slurm", "--image", "x"), "leave it out"),
+        (("--on", "local", "--nodes", "2"), "--on local is this machine alone"),
+        (("--on", "docker"), "name its image with --image"),
+        (("--on", "kubernetes", "--image", "x"), "--mount CLAIM:/workspace"),
+        (("--on", "aws_batch", "--image", "x"), "--memory 60G"),
+        (("--on", "slurm", "--nodes", "3"), "6 ranks do not divide data.streams = 8"),
+        (("--on", "slurm", "--gpus-per-node", "1", "--nproc", "2"), "more ranks than the 1 GPUs"),
+        (("--on", "slurm", "--memory", "much"), "write it as 60G"),
+        (("--on", "slurm", "--time", "soon"), "write it as 45m"),
+        (("--on", "slurm", "--env", "A"), "write it as --env NAME=VALUE"),
+        (("--on", "docker", "--image", "x", "--mount", "x"), "write it as FOLDER_OR_VOLUME:/FOLDER/INSIDE"),
+        (("--on", "docker", "--image", "x", "--option", "privileged=perhaps"), "true or false"),
+        (("--on", "kubernetes", "--image", "x", "--mount", "c:/workspace", "--name", "A_b"), "small letters"),
+    ],
+)
+def test_bad_input_names_the_way_out(words, said, command, config, tmp_path):
+    code, _, err = command("submit", config, *words)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_slurm_here(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = command("submit", config, "--on", "slurm")
+    assert code == 2 and "there is no `sbatch` here" in err
+    assert not list((tmp_path / "runs").glob("quick*")), "a run folder without a job"
+
+
+def test_no_docker_daemon_here(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    code, _, err = command("submit", config, "--on", "docker", "--image", "x")
+    assert code == 2 and "no docker daemon answers" in err and "systemctl start docker" in err
+
+
+def test_no_cluster_here(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    code, _, err = command("submit", config, "--on", "kubernetes", "--image", "x", "--mount", "c:/workspace")
+    assert code == 2 and "no Kubernetes API server answers" in err
+
+
+@pytest.mark.parametrize("words", [("status",), ("logs",), ("cancel",)])
+def test_handles_that_are_none(words, command, tmp_path):
+    assert "is neither a handle such as" in command(*words, "nothing")[2]
+    code, _, err = command(*words, "slrum://tablemesh/1")
+    assert code == 2 and "did you mean 'slurm'?" in err
+    assert "is not a handle" in command(*words, "slurm://")[2]
+
+
+def test_sizes_times_and_mounts():
+    assert (submit.memory_mb("60G"), submit.memory_mb("1.5GiB"), submit.memory_mb("900")) == (61440, 1536, 900)
+    assert (submit.minutes("45"), submit.minutes("90m"), submit.minutes("1d12h")) == (45, 90, 2160)
+    assert submit.mount("/a:/b:ro") == Mount(source="/a", target="/b", read_only=True)
+    assert submit.mount("claim:/b").is_volume
+    with pytest.raises(UserError):
+        submit.minutes("")
+
+
+def test_a_run_folder_by_its_handle(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for name in ("first", "second"):  # a cluster that was set up anew counts from 1 again
+        (tmp_path / name).mkdir()
+        assert handles.record("slurm", "1", tmp_path / name) == "slurm://tablemesh/1"
+    assert handles.find("slurm://tablemesh/1").run_dir == tmp_path / "second"
+    assert handles.find(str(tmp_path / "first")).handle == "slurm://tablemesh/1"
+
+
+def wait(command, run, state, seconds=120):
+    deadline = time.monotonic() + seconds
+    while (told := json.loads(command("status", run, "--json")[1]))["state"] != state:
+        assert time.monotonic() < deadline, told
+        time.sleep(0.2)
+    return told
+
+
+def test_a_job_in_the_background_to_its_end(command, config, tmp_path, monkeypatch):
+    code, out, _ = command("submit", config, "--on", "local", "--module", MODULE, "--json", "--nproc", "2")
+    assert code == 0
+    told = json.loads(out)
+    run = tmp_path / "runs/quickstart"
+    assert told == {"handle": f"local://tablemesh/{run}", "run_dir": str(run)}
+    found = wait(command, told["handle"], "succeeded")
+    assert found["progress"]["status"] == "finished" and found["progress"]["auc"] == 0.7
+    assert json.loads((run / "JOB.json").read_text())["resume"] == "auto"
+    out = command("logs", told["handle"])[1]
+    assert out.count("real trouble ahead") == 1, "of both ranks, once"
+    assert "deprecating ShardedTensor" not in out
+    assert "deprecating ShardedTensor" in command("logs", told["handle"], "--rank", "1")[1]
+    assert "succeeded, now succeeded" in command("cancel", told["handle"])[1]
+
+
+def test_cancel_stops_all_of_a_background_job(command, config, tmp_path):
+    command("submit", config, "--on", "local", "--module", MODULE, "--env", "FAKE=wait", "--nproc", "2")
+    run = tmp_path / "runs/quickstart"
+    deadline = time.monotonic() + 120
+    while len(list(run.glob("rank_*.pid"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "running, now " in command("cancel", run)[1]
+    for file in run.glob("rank_*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+    assert json.loads(command("status", run, "--json")[1])["state"] in ("cancelled", "failed")
+
+
+def test_a_failure_starts_again_and_then_is_told(command, config, tmp_path):
+    words = ("--module", MODULE, "--env", "FAKE=boom", "--restarts", "1", "--nproc", "2")
+    command("submit", config, "--on", "local", *words)
+    run = tmp_path / "runs/quickstart"
+    found = wait(command, run, "failed")
+    assert found["progress"]["status"] == "failed"
+    log = (run / "logs/node.log").read_text()
+    assert log.count("starting again from the newest checkpoint") == 1 and "error: " in log
+
+
+def test_torchx_run(tmp_path):
+    """The shipped .torchxconfig makes the component and this machine the defaults."""
+    words = [Path(sys.executable).parent / "torchx", "run", "--dryrun", "--", "--config", "configs/quickstart.toml"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "launch.node" in done.stdout and "TABLEMESH_CONFIG" in done.stdout
