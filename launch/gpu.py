@@ -20,6 +20,7 @@ SETTINGS = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # the ids of a batch vary in number, which fragments the memory
 }
 
+
 @dataclass(frozen=True)
 class Numa:
     """cpus: node -> its CPUs, of those this process may use. gpus: NUMA node of each GPU, -1 where none is known."""

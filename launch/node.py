@@ -5,10 +5,10 @@
 A scheduler runs this once on every node. R is a number or `$NAME`, an environment variable that holds it; NAME is the
 environment variable with node 0's address. In order:
 
-1. Node 0 writes the run folder (config.toml, JOB.json) from TABLEMESH_CONFIG where the submitting machine could not,
-   and prepares the data where the config says how and it is missing.
-2. Roll call: every node tells node 0 its name and versions, node 0 lets the ranks start when all are there and equal.
-   The job ends with the names of the nodes that did not come within WAIT_SECONDS.
+1. Roll call: every node tells node 0 its name and versions. The job ends with the names of the nodes that did not come
+   within WAIT_SECONDS, or that have other versions than most.
+2. Node 0 writes the run folder (config.toml, JOB.json) from TABLEMESH_CONFIG where the submitting machine could not,
+   prepares the data where the config says how and it is missing, and lets the others go on.
 3. With --preflight the ranks run launch.preflight first (once).
 4. The ranks run under launch.agent. All nodes tell node 0 how that ended. After a failure that is not the user's, node
    0 has all start again, --restarts times at most; the ranks go on from the newest checkpoint.
@@ -57,8 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     started = time.time()
     try:
-        if args.node_rank == 0:
-            _deliver(work)
         nodes = roll_call.Nodes.meet(
             rank=args.node_rank,
             count=args.nodes,
@@ -67,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             run_id=args.run_id,
             wait=timedelta(seconds=args.wait),
         )
+        if args.node_rank == 0:
+            _deliver(work)
         return _run(args, work, nodes, started)
     except roll_call.Missing as missing:
         ended = Failure(kind="launch", message=str(missing))

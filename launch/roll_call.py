@@ -20,6 +20,7 @@ from kernels.errors import UserError
 
 VERSIONS = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numba", "numpy", "pyarrow", "tablemesh")
 GATHER_SECONDS = 60  # for the other nodes to say how they ended, after this one has: they notice within a timeout
+PREPARE_HOURS = 24  # for node 0 to prepare the data
 POLL_SECONDS = 0.05
 
 
@@ -110,6 +111,7 @@ class Nodes:
             different = [] if missing else differences([found for found in there if found is not None])
             store.set(f"{run_id}/different", "\n".join(different))
         try:
+            store.wait([f"{run_id}/different"], wait + timedelta(seconds=GATHER_SECONDS))
             verdict = store.get(f"{run_id}/missing").decode()
             different = store.get(f"{run_id}/different").decode()
         except (DistNetworkError, DistStoreError, RuntimeError) as error:
@@ -121,13 +123,16 @@ class Nodes:
         return nodes
 
     def ready(self, attempt: int) -> None:
-        """Return when node 0 has cleared up for this attempt."""
+        """Return when node 0 has cleared up for this attempt; it may prepare the data first. Missing when it has gone."""
         if self._store is None:
             return
         if self.rank == 0:
             self._store.set(f"ready/{attempt}", "")
-        else:
-            self._store.get(f"ready/{attempt}")
+            return
+        try:
+            self._store.wait([f"ready/{attempt}"], timedelta(hours=PREPARE_HOURS))
+        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+            raise Missing(f"node {self.rank} ({socket.gethostname()}): node 0 has gone") from error
 
     def gather(self, attempt: int, code: int) -> list[int | None] | None:
         """Tell how this node's ranks ended. On node 0: the exit codes of all, None where a node is silent."""
