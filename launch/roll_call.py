@@ -123,7 +123,7 @@ class Nodes:
         return nodes
 
     def ready(self, attempt: int) -> None:
-        """Return when node 0 has cleared up for this attempt; it may prepare the data first. Missing when it has gone."""
+        """Return when node 0 is ready for this attempt; it may prepare data first. Missing when it has gone."""
         if self._store is None:
             return
         if self.rank == 0:
