@@ -201,7 +201,7 @@ def test_bad_input_leaves_no_job(command, cluster, tmp_path, data):
         (("--cpus", "64"), "sinfo"),
     ):
         told = command("submit", path, "--on", "slurm", *words)
-        assert isinstance(told, str) and said in told and told.startswith("error: "), (words, told)
+        assert isinstance(told, str) and said in told and "error: " in told, (words, told)
     assert not cluster.call("squeue", "--noheader").stdout.strip()
     assert not list((tmp_path / "runs").glob("bad*"))
     assert "knows no job" in command("status", "slurm://tablemesh/999999")

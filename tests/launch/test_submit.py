@@ -14,6 +14,7 @@ import pytest
 from kernels.errors import UserError
 from launch import cli, handles, submit
 from launch.job import Mount
+from trainer import config as configs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests/golden/submit"
@@ -78,6 +79,7 @@ def fixed(monkeypatch):
         monkeypatch.setattr(module, "make_unique", lambda name: f"{name}-xyz")
     monkeypatch.setattr(docker, "user", lambda: "1000:1000")
     monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(configs.Config, "to_toml", lambda self: f'name = "{self.name}"  # and so on\n')
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setenv("USER", "somebody")
 
