@@ -197,7 +197,6 @@ def test_bad_input_leaves_no_job(command, cluster, tmp_path, data):
     path = write(tmp_path, data, "bad")
     for words, said in (
         (("--option", "partition=nowhere"), "invalid partition"),
-        (("--nodes", "4", "--nproc", "1"), "sinfo"),
         (("--cpus", "64"), "sinfo"),
     ):
         told = command("submit", path, "--on", "slurm", *words)
