@@ -142,7 +142,7 @@ class Cluster:
             "SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nSchedulerType=sched/backfill\n"
             "SchedulerParameters=sched_interval=1,bf_interval=1\nMpiDefault=none\nSwitchType=switch/none\n"
             "ReturnToService=2\nSlurmdTimeout=10\nSlurmctldTimeout=10\nKillWait=5\nMinJobAge=60\nInactiveLimit=0\n"
-            "JobRequeue=1\nOverTimeLimit=0\nBatchStartTimeout=30\nMessageTimeout=20\n"
+            "EnforcePartLimits=ALL\nJobRequeue=1\nOverTimeLimit=0\nBatchStartTimeout=30\nMessageTimeout=20\n"
             f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\n"
             f"AccountingStoragePort={self._ports['slurmdbd']}\nAccountingStoragePass={here}/munge/socket\n"
             f"{nodes}PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=60 State=UP OverSubscribe=YES:4\n"
