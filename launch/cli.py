@@ -319,6 +319,60 @@ def report(
     _print_run(run_dir, rundir.report(run_dir), page, as_json)
 
 
+@app.command("compare-tables")
+def compare_tables(
+    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/zipf4.toml.")],
+    budget: Annotated[
+        str, typer.Option(help="Byte budgets, as shares of one standard table each, separated by commas.")
+    ] = "1,0.5,0.25,0.1",
+    kinds: Annotated[
+        str, typer.Option(help="Table kinds, separated by commas; options after colons: unified:lookups=2.")
+    ] = "standard,hashed,compositional,mixed_dim,unified,unified:lookups=2",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds from the config's seed on.")] = 3,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Trained beside each other; default: one for each core.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; what it holds is not trained again.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train every table kind at every byte budget with several seeds; a table and a plot, as HTML and JSON."""
+    from launch import figures, machine, progress
+    from trainer import compare
+    from trainer import config as configs
+    from trainer.data.parquet import open_dataset
+
+    console = _console(as_json)
+    resolved = configs.load(config, set_ or [])
+    budgets = _shares(budget)
+    _prepare_missing(console, resolved)
+    dataset = open_dataset(resolved.data.path, resolved.data.features)
+    asked = list(dict.fromkeys(kind.strip() for kind in kinds.split(",") if kind.strip()))
+    cells, refused = compare.plan_cells(resolved, dataset, kinds=asked, budgets=budgets, seeds=seeds)
+    folder = out or resolved.run.dir / f"{resolved.name}-compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = processes or machine.cores()
+    threads = max(1, machine.cores() // processes)
+    display = progress.make(console)
+    try:
+        rows = compare.run_cells(cells, folder, processes=processes, threads=threads, progress=display.work)
+    finally:
+        display.close()
+    found = compare.result(resolved, dataset, rows, refused, compare.full_bytes(resolved, dataset))
+    page = compare.write(folder, found)
+    if as_json:
+        print_json(found | {"report_html": str(page)})
+    else:
+        console.print(figures.comparison(found))
+        for one in refused:
+            console.print(f"left out: {one['kind']} at {one['budget']:g}: {escape(one['why'])}", highlight=False)
+        console.print(f"comparison: [link=file://{page}]{escape(_shown(page))}[/link]", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine and what is installed; exit code 1 when something has to be fixed."""
@@ -494,6 +548,19 @@ def _shown(path: Path) -> str:
 
 def _one_or_many(values: list[str]) -> str | list[str]:
     return values[0] if len(values) == 1 else values
+
+
+def _shares(text: str) -> list[float]:
+    """ "1,0.25" -> [1.0, 0.25]; UserError for what is not a number above 0."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(0.0)
+        if not 0.0 < found[-1] < float("inf"):
+            raise UserError(f"--budget {text!r}: {part!r} is not a share above 0; write it as --budget 1,0.5,0.25")
+    return list(dict.fromkeys(found))
 
 
 def _name_and_value(text: str) -> tuple[str, str]:

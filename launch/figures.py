@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from launch.progress import count, size
@@ -49,3 +50,22 @@ def _auc(found: dict[str, Any], bayes: dict[str, Any]) -> str:
 
 def _gap(gap: float) -> str:
     return f"{gap:.4f} above this" if gap >= 0 else f"{-gap:.4f} below this"
+
+
+def comparison(found: dict[str, Any]) -> Table:
+    """Kinds and budgets of compare.json, the largest budget first."""
+    grid = Table(title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("kind", "budget", "bytes", "AUC", "spread", "log loss", "samples/s", "look-up ms"):
+        grid.add_column(heading, justify="left" if heading == "kind" else "right")
+    for entry in sorted(found["summary"], key=lambda e: (-e["budget"], -e["auc"])):
+        grid.add_row(
+            entry["kind"],
+            f"{entry['budget']:g}",
+            size(entry["bytes"]),
+            f"{entry['auc']:.4f}",
+            f"{entry['auc_spread']:.4f}",
+            f"{entry['logloss']:.4f}",
+            f"{entry['train_samples_per_second']:,.0f}",
+            f"{entry['lookup_ms']:.2f}",
+        )
+    return grid

@@ -30,7 +30,7 @@ from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import PoolingType, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -46,11 +46,13 @@ STATE_NAMES = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "rowwise_adam": ("exp_avg", "exp_avg_sq"),
 }
+PRECISIONS = {torch.float32: SparseType.FP32, torch.bfloat16: SparseType.BF16, torch.float16: SparseType.FP16}
 
 
 def kernels_of(task: nn.Module) -> list["FusedEmbeddingBag"]:
     """Our kernels of a sharded task; none where the tables have FBGEMM's or a dense one."""
-    lookups = embeddings_of(task).ebc._lookups  # a plain list, which modules() does not see
+    # _lookups is a plain list, which modules() does not see.
+    lookups = [lookup for ebc in embeddings_of(task).collections for lookup in ebc._lookups]
     return [kernel for lookup in lookups for kernel in lookup.modules() if isinstance(kernel, FusedEmbeddingBag)]
 
 
@@ -151,6 +153,8 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
             features=tuple(self._feature_table_map),
             optimizer=optimizer,
             output=output,
+            weighted=config.is_weighted,
+            weights=data_type_to_dtype(config.data_type),
             packed=True,  # TorchRec takes the column shards of a table for one contiguous slice
         )
         self.bags = TableBatchedEmbeddingBag(spec, backend=backend, device=device)
@@ -161,9 +165,7 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
         self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None
     ) -> Tensor:
         assert not features.variable_stride_per_key() and vbe_output is None, "one stride for all features"
-        weights_N = features.weights_or_none()
-        if weights_N is not None and not weights_N.is_floating_point():
-            weights_N = None
+        weights_N = features.weights() if self.bags.spec.weighted else None
         return self.bags(features.values(), features.offsets(), weights_N)
 
     @property
@@ -227,10 +229,9 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
 class _Tables:
     """What TorchRec's EmbeddingFusedOptimizer and look-ups ask of FBGEMM's module, answered from our State."""
 
-    weights_precision = SparseType.FP32
-
     def __init__(self, bags: TableBatchedEmbeddingBag) -> None:
         self._bags = bags
+        self.weights_precision = PRECISIONS[bags.spec.weights]
         self.flat = nn.Parameter(bags.state.weights)
         self.feature_table_map = list(bags.spec.features)
         place = EmbeddingLocation.HOST if bags.state.device.type == "cpu" else EmbeddingLocation.DEVICE

@@ -61,10 +61,11 @@ class TableLoad:
     state_per_row: float = 4.0
     state_per_column: float = 0.0
     skew: Skew | None = field(default=None, compare=False)
+    element: int = ELEMENT  # bytes of a weight as it is stored
 
     @property
     def bytes(self) -> int:
-        return ELEMENT * self.rows * self.dim
+        return self.element * self.rows * self.dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,35 +5,36 @@
 
     ids -> id map -> EmbeddingBagCollection (all-to-all, fused look-up, all-to-all) -> combine -> mean -> emb_BX
 
-Every table is lowered by its kind (sharding/tables/base.py) to physical tables of one EmbeddingBagCollection.  What
-stands before and after it is written so that TrainPipelineSparseDist's tracing finds the collection and starts its
+Every table is lowered by its kind (sharding/tables/base.py) to physical tables of one EmbeddingBagCollection, `ebc`.
+What stands before and after it is written so that TrainPipelineSparseDist's tracing finds the collection and starts its
 all-to-all a batch ahead: `id_map` is a module without parameters, and only `forward` itself is traced.
 
-A kind's `combine` gets sums over the ids of a bag, also for pooling "mean", which is applied to what it gives.
+A kind's `combine` gets sums over the ids of a bag, also for pooling "mean", which is applied to what it gives.  Where
+it does not commute with the sum (`per_id`), its physical tables stand in a second collection, `ebc_per_id`, for which
+every id is a bag of its own (`spread`); the combine's results are weighted and summed over the bag here.  Bags of one
+id need none of this: without multi-hot features such a table is in `ebc` like any other.
 
 FBGEMM's kernels want column counts that are multiples of 4, so a physical table is stored `stored_dim(D)` wide; the
 added columns are zero, get zero gradients and are cut off again.  (The one effect: row-wise Adagrad's mean over a row
 of D columns is taken over the stored ones.)
 
-Shapes: B rows, F features, D dim of a feature, X sum of the dims, N ids.
+Shapes: B rows, F features, D dim of a feature, X sum of the dims, N ids of a feature.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from kernels import registry
 from kernels.errors import UserError
-from sharding.tables.base import Lowered, Source, Table
+from sharding.tables.base import Lowered, Source, Table, stored_dim
 
-
-def stored_dim(dim: int) -> int:
-    """Columns a physical table of this dim is stored with: 1 .. 4 -> 4, 5 .. 8 -> 8."""
-    return -(-dim // 4) * 4
+DATA_TYPES = {"fp32": DataType.FP32, "bf16": DataType.BF16, "fp16": DataType.FP16}
 
 
 def lower(table: Table) -> Lowered:
@@ -55,12 +56,17 @@ def physical_tables(tables: Sequence[Table]) -> tuple[Table, ...]:
 
 
 def build_embeddings(
-    *, tables: Sequence[Table], features: Sequence[str], device: str | torch.device = "meta"
+    *,
+    tables: Sequence[Table],
+    features: Sequence[str],
+    weighted: bool = False,
+    device: str | torch.device = "meta",
 ) -> "Embeddings":
     """The look-up of all tables, not sharded yet.
 
     tables: logical tables; together they hold every feature once.
     features: the order of the features' vectors in `emb_BX`; the ids' KJT may have another order and more keys.
+    weighted: whether the ids' KJT has a weight for each id, by which its vector is multiplied before the sum.
     Raises UserError when a feature has no table, or two.
     """
     owner: dict[str, Table] = {}
@@ -75,66 +81,96 @@ def build_embeddings(
     for feature in features:
         if feature not in owner:
             raise UserError(f"feature {feature!r} has no table; {registry.nearest(feature, sorted(owner))}")
-    return Embeddings(tables, features, device=torch.device(device))
+    return Embeddings(tables, features, weighted=weighted, device=torch.device(device))
 
 
 class Embeddings(nn.Module):
     """See the file's docstring.
 
     tables, features: as given.  dims: D of each feature, in feature order.
-    physical: the physical tables, in the collection's order.  logical: name of a physical table -> its logical table.
-    ebc: the EmbeddingBagCollection, replaced by its sharded form in sharding/parallelize.py.
+    physical: the physical tables.  logical: name of a physical table -> its logical table.
+    sources: physical feature -> its Source.  tables_per_id: names of the physical tables in `ebc_per_id`.
+    ebc, ebc_per_id: the EmbeddingBagCollections, replaced by their sharded forms in sharding/parallelize.py; None where
+        no table is looked up that way.  collections: those there are.
     """
 
-    def __init__(self, tables: Sequence[Table], features: Sequence[str], *, device: torch.device) -> None:
+    def __init__(
+        self, tables: Sequence[Table], features: Sequence[str], *, weighted: bool, device: torch.device
+    ) -> None:
         super().__init__()
         self.tables, self.features = tuple(tables), tuple(features)
         self.physical = physical_tables(tables)
-        self.logical: dict[str, Table] = {}
         dim_of = {feature: table.dim for table in tables for feature in table.features}
         self.dims = tuple(dim_of[feature] for feature in features)
-        sources: dict[str, Source] = {}
-        combines: dict[str, nn.Module] = {}
-        for table in tables:
-            lowered = lower(table)
-            self.logical |= {physical.name: table for physical in lowered.tables}
-            sources |= lowered.sources
-            if lowered.combine is not None:
-                combines |= dict.fromkeys(table.features, lowered.combine)
+        lowered = {table.name: lower(table) for table in tables}
+        self.logical: dict[str, Table] = {p.name: table for table in tables for p in lowered[table.name].tables}
+        alone = {t.name for t in tables if lowered[t.name].per_id and (t.multi_hot or weighted)}
+        pooled, per_id = [[t for t in tables if (t.name in alone) is wanted] for wanted in (False, True)]
+        sources = {name: s for t in pooled for name, s in lowered[t.name].sources.items()}
+        sources_per_id = {name: s for t in per_id for name, s in lowered[t.name].sources.items()}
+        self.sources = {**sources, **sources_per_id}
+        self.tables_per_id = frozenset(p.name for t in per_id for p in lowered[t.name].tables)
         self.id_map = None if all(_same(name, source) for name, source in sources.items()) else IdMap(sources)
-        self.ebc = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=t.name,
-                    num_embeddings=t.rows,
-                    embedding_dim=stored_dim(t.dim),
-                    feature_names=list(t.features),
-                    pooling=PoolingType.SUM,
-                )
-                for t in self.physical
-            ],
-            device=device,
+        self.ebc = _collection([p for t in pooled for p in lowered[t.name].tables], weighted=weighted, device=device)
+        self.spread = Spread(sources_per_id) if sources_per_id else None
+        self.ebc_per_id = _collection(
+            [p for t in per_id for p in lowered[t.name].tables], weighted=False, device=device
         )
-        parts = {f: [name for name, source in sources.items() if source.feature == f] for f in features}
-        width = {name: t.dim for t in self.physical for name in t.features}
-        self.combine = Combine(parts, width, combines)
+        with device:
+            combines = nn.ModuleDict(
+                # A prefix, since a ModuleDict takes no key that is a name of its own, such as "keys".
+                {f"of_{name}": low.combine for name, low in lowered.items() if low.combine is not None}
+            )
+        self.combine = Combine(
+            parts={f: [name for name, source in self.sources.items() if source.feature == f] for f in features},
+            width={name: t.dim for t in self.physical for name in t.features},
+            combines=combines,
+            combine_of={f: f"of_{t.name}" for t in tables if f"of_{t.name}" in combines for f in t.features},
+            per_id={f for t in per_id for f in t.features},
+        )
         means = {feature for table in tables if table.pooling == "mean" for feature in table.features}
         self.mean = Mean(self.features, self.dims, means) if means.intersection(features) else None
 
+    @property
+    def collections(self) -> tuple[nn.Module, ...]:
+        return tuple(c for c in (self.ebc, self.ebc_per_id) if c is not None)
+
     def forward(self, ids: KeyedJaggedTensor) -> Tensor:
-        emb_BX = self.combine(self.ebc(ids if self.id_map is None else self.id_map(ids)))
+        pooled = None if self.ebc is None else self.ebc(ids if self.id_map is None else self.id_map(ids))
+        each = None if self.ebc_per_id is None else self.ebc_per_id(self.spread(ids))
+        emb_BX = self.combine(pooled, each, ids)
         return emb_BX if self.mean is None else self.mean(emb_BX, ids)
 
 
+def _collection(tables: Sequence[Table], *, weighted: bool, device: torch.device) -> EmbeddingBagCollection | None:
+    if not tables:
+        return None
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=t.name,
+                num_embeddings=t.rows,
+                embedding_dim=stored_dim(t.dim),
+                feature_names=list(t.features),
+                pooling=PoolingType.SUM,
+                data_type=DATA_TYPES[t.row_type],
+            )
+            for t in tables
+        ],
+        is_weighted=weighted,
+        device=device,
+    )
+
+
 def _same(name: str, source: Source) -> bool:
-    return source.ids is None and source.feature == name
+    return source.ids is None and source.keep is None and source.feature == name
 
 
 class IdMap(nn.Module):
-    """KJT of logical features -> KJT of physical features: a bag keeps its length, an id becomes `source.ids(id)`.
+    """KJT of logical features -> KJT of physical features: an id becomes `source.ids(id)`, or is left out of its bag.
 
     With f's bags [7] [] [3 9] and sources {"f#q": (f, id // 4), "f#r": (f, id % 4)}:
-    f#q has the bags [1] [] [0 2], f#r has [3] [] [3 1].
+    f#q has the bags [1] [] [0 2], f#r has [3] [] [3 1]; with keep = id > 4 f#q has [1] [] [2].
     """
 
     def __init__(self, sources: dict[str, Source]) -> None:
@@ -143,39 +179,113 @@ class IdMap(nn.Module):
 
     def forward(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         of = ids.to_dict()
-        values, lengths = [], []
+        values, lengths, weights = [], [], []
         for source in self.sources.values():
             bags = of[source.feature]
-            values.append(bags.values() if source.ids is None else source.ids(bags.values()))
-            lengths.append(bags.lengths())
+            ids_N, weights_N, lengths_B = bags.values(), bags.weights_or_none(), bags.lengths()
+            if source.keep is not None:
+                kept_N = source.keep(ids_N)
+                before = nn.functional.pad(kept_N.cumsum(0), (1, 0))
+                lengths_B = before[bags.offsets()].diff().to(lengths_B.dtype)
+                ids_N, weights_N = ids_N[kept_N], None if weights_N is None else weights_N[kept_N]
+            values.append(ids_N if source.ids is None else source.ids(ids_N))
+            lengths.append(lengths_B)
+            weights.append(weights_N)
         return KeyedJaggedTensor(
-            keys=list(self.sources), values=torch.cat(values), lengths=torch.cat(lengths), stride=ids.stride()
+            keys=list(self.sources),
+            values=torch.cat(values),
+            lengths=torch.cat(lengths),
+            weights=None if weights[0] is None else torch.cat(weights),
+            stride=ids.stride(),
         )
 
 
-class Combine(nn.Module):
-    """Pooled vectors of the physical features, in whatever order the plan left them -> emb_BX in feature order."""
+class Spread(nn.Module):
+    """KJT of logical features -> KJT of physical features in which every id is a bag of its own.
 
-    def __init__(self, parts: dict[str, list[str]], width: dict[str, int], combines: dict[str, nn.Module]) -> None:
+    All features of a KJT have as many bags, so bags without ids follow: as many as the longest feature needs, on the
+    rank that needs most, since the ranks' exchanges are of equal parts.
+
+    With f's bags [7] [] [3 9], g's [5] [] [] and the sources {"f#q": (f, id // 4), "g#q": (g, id // 4)}:
+    f#q has the bags [1] [0] [2], g#q has [1] [] [].
+    """
+
+    def __init__(self, sources: dict[str, Source]) -> None:
         super().__init__()
-        self.parts = parts  # feature -> its physical features
-        self.width = width  # physical feature -> columns that are not padding
-        self.kinds = nn.ModuleList(dict.fromkeys(combines.values()))
-        self._kind = {feature: list(self.kinds).index(module) for feature, module in combines.items()}
-        self._plain = [names[0] for names in parts.values()]
-        self._is_plain = not combines and all(w == stored_dim(w) for w in width.values())
+        self.sources = sources
 
-    def forward(self, pooled: KeyedTensor) -> Tensor:
+    def forward(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        of = ids.to_dict()
+        features = {source.feature for source in self.sources.values()}
+        bags = _largest_of_ranks(max(1, *(of[feature].values().numel() for feature in features)))
+        values, lengths = [], []
+        for source in self.sources.values():
+            ids_N = of[source.feature].values()
+            lengths_N = torch.ones_like(ids_N) if source.keep is None else source.keep(ids_N).to(ids_N.dtype)
+            if source.keep is not None:
+                ids_N = ids_N[lengths_N.bool()]
+            values.append(ids_N if source.ids is None else source.ids(ids_N))
+            lengths.append(nn.functional.pad(lengths_N, (0, bags - len(lengths_N))))
+        return KeyedJaggedTensor(
+            keys=list(self.sources), values=torch.cat(values), lengths=torch.cat(lengths), stride=bags
+        )
+
+
+def _largest_of_ranks(number: int) -> int:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+class Combine(nn.Module):
+    """Vectors of the physical features, in whatever order the plan left them -> emb_BX in feature order.
+
+    parts: feature -> its physical features.  width: physical feature -> columns that are not padding.
+    combine_of: feature -> its module in `combines`.  per_id: features whose vectors are of ids, not of bags.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: dict[str, list[str]],
+        width: dict[str, int],
+        combines: nn.ModuleDict,
+        combine_of: dict[str, str],
+        per_id: set[str],
+    ) -> None:
+        super().__init__()
+        self.parts, self.width = parts, width
+        self.combines, self.combine_of, self.per_id = combines, combine_of, per_id
+        self._plain = [names[0] for names in parts.values()]
+        self._is_plain = not combine_of and all(w == stored_dim(w) for w in width.values())
+
+    def forward(self, pooled: KeyedTensor | None, each: KeyedTensor | None, ids: KeyedJaggedTensor) -> Tensor:
         if self._is_plain:
             if pooled.keys() == self._plain:
                 return pooled.values()
             return KeyedTensor.regroup([pooled], [self._plain])[0]
-        of = pooled.to_dict()
+        of = {**(pooled.to_dict() if pooled is not None else {}), **(each.to_dict() if each is not None else {})}
+        bags = ids.to_dict() if self.per_id else {}
         columns = []
         for feature, names in self.parts.items():
             vectors = [of[name][:, : self.width[name]] for name in names]
-            columns.append(self.kinds[self._kind[feature]](vectors) if feature in self._kind else vectors[0])
+            if feature in self.per_id:
+                vectors = [vector[: bags[feature].values().numel()] for vector in vectors]
+            one = self.combines[self.combine_of[feature]](vectors) if feature in self.combine_of else vectors[0]
+            columns.append(_sum_bags(one, bags[feature]) if feature in self.per_id else one)
         return torch.cat(columns, dim=1)
+
+
+def _sum_bags(each_ND: Tensor, bags: JaggedTensor) -> Tensor:
+    """(N, D) vectors of the ids -> (B, D), each times its id's weight, summed over its bag; zeros for an empty bag."""
+    weights_N = bags.weights_or_none()
+    if weights_N is not None:
+        each_ND = each_ND * weights_N[:, None]
+    if not len(each_ND):  # segment_reduce refuses it; the product keeps the look-up in the graph on every rank
+        return each_ND.new_zeros(len(bags.lengths()), each_ND.shape[1]) + each_ND.sum()
+    return torch.segment_reduce(each_ND, "sum", lengths=bags.lengths().long(), axis=0, unsafe=True, initial=0.0)
 
 
 class Mean(nn.Module):

@@ -66,9 +66,10 @@ def _block(table: Table, key: np.ndarray, block: int, rows: int) -> np.ndarray:
     if table.init_std is not None:
         values = generator.standard_normal((rows, table.dim), dtype=np.float32)
         values *= np.float32(table.init_std)
+        values += np.float32(table.init_mean)
         return values
-    bound = np.float32(math.sqrt(1.0 / table.rows))
+    bound = np.float32(math.sqrt(1.0 / table.rows) if table.init_bound is None else table.init_bound)
     values = generator.random((rows, table.dim), dtype=np.float32)
     values *= 2 * bound
-    values -= bound
+    values += np.float32(table.init_mean) - bound
     return values

@@ -42,7 +42,7 @@ def parallelize(
     task: a module on the meta device, with an Embeddings inside; changed in place.
     kernel: "fbgemm" for TorchRec's own kernel, else a backend of kernels/backends/, or "auto" for the fastest of them.
     optimizer: the update of the tables; None when all tables are data_parallel.
-    init_dense(module, seed=...): fills the parameters of everything outside the tables.
+    init_dense(module, seed=...): fills the parameters of everything outside the tables, kinds' projections included.
     row_update: replaces FBGEMM's update where that cannot do what is asked; these three are what `table_update` of
         trainer/optim/base.py gives.
     output: dtype of the pooled vectors that our own kernels give, float32 or bfloat16; FBGEMM's give float32.
@@ -60,11 +60,11 @@ def parallelize(
         data_parallel_wrapper=_Replicas(static_graph=False),
     )
     if row_update is not None:
-        replace_update(embeddings_of(dmp.module).ebc, row_update)
+        for ebc in embeddings_of(dmp.module).collections:
+            replace_update(ebc, row_update)
     init_tables(dmp, seed=seed)
     for name, child in dmp.module.named_children():
-        if name != "embeddings":
-            init_dense(child, seed=seed)
+        init_dense(child.combine if name == "embeddings" else child, seed=seed)
     dmp.init_data_parallel()
     return dmp
 
@@ -83,7 +83,7 @@ class _Replicas(DefaultDataParallelWrapper):
 def init_tables(dmp: DistributedModelParallel, *, seed: int) -> None:
     """Fill this rank's part of every table."""
     embeddings = embeddings_of(dmp.module)
-    state = embeddings.ebc.state_dict()
+    state = {name: weights for ebc in embeddings.collections for name, weights in ebc.state_dict().items()}
     for table in embeddings.physical:
         weights = state[f"embedding_bags.{table.name}.weight"]
         if isinstance(weights, ShardedTensor):

@@ -21,7 +21,7 @@ CPU kernel takes a part without rows for a feature of the next table, with that 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 from kernels.errors import UserError
 from sharding import planner, topology
 from sharding.cost import Choice, DenseWork, Kind, TableLoad, Work
-from sharding.embeddings import Embeddings, stored_dim
+from sharding.embeddings import Embeddings
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
-from sharding.tables.base import SHARDING_TYPES, Table
+from sharding.tables.base import ROW_TYPES, SHARDING_TYPES, Table, stored_dim
 
 MIN_COLUMNS = 4
-COLLECTION = "embeddings.ebc"  # of the EmbeddingBagCollection in a task
+# Of the EmbeddingBagCollections in a task: tables looked up by bag, and id by id.
+COLLECTION, COLLECTION_PER_ID = "embeddings.ebc", "embeddings.ebc_per_id"
 TIER_KERNELS = {"device": "fused", "cache": "fused_uvm_caching", "host": "fused_uvm"}
 
 
@@ -165,15 +166,12 @@ def work_of(
     figures = figures or {}
     per_row = state_bytes_per_row or (lambda columns: 4)
     per_column = (per_row(8) - per_row(4)) / 4
-    sources = embeddings.id_map.sources if embeddings.id_map is not None else {}
     tables = []
     for table in embeddings.physical:
         known = []
         for name in table.features:
-            source = sources.get(name)
-            known.append(
-                (figures.get(source.feature if source else name, Figures()), source is None or source.ids is None)
-            )
+            source = embeddings.sources[name]
+            known.append((figures.get(source.feature, Figures()), source.ids is None and source.keep is None))
         ids = [max(1e-3, f.ids_per_bag) for f, _ in known]
         busiest, plain = known[ids.index(max(ids))]
         skew = busiest.skew if plain and busiest.skew is not None and busiest.skew.rows == table.rows else None
@@ -187,6 +185,7 @@ def work_of(
                 state_per_row=per_row(4) - 4 * per_column,
                 state_per_column=per_column,
                 skew=skew,
+                element=ROW_TYPES[table.row_type],
             )
         )
     return Work(tables=tuple(tables), batch_size=batch_size, dense=dense, overlapped=overlapped, bf16=bf16)
@@ -197,10 +196,15 @@ def rules_of(
 ) -> dict[str, Rule]:
     """The planner's rules: the tables' own `sharding`, and the constraints."""
     world, local = cluster.world_size, cluster.ranks_per_host
-    _check_rows(embeddings.physical, world, local)
+    tables = [_shardable(t, embeddings.logical[t.name], world, local) for t in embeddings.physical]
+    _check_row_types(embeddings.tables)
+    _check_rows(tables, world, local)
     own = {}
-    for t in embeddings.physical:
-        if t.sharding != "auto":
+    for t in tables:
+        if t.sharding == "auto" and t.row_type != "fp32":
+            types = frozenset(SHARDING_TYPES) - {"data_parallel"}
+            own[t.name] = Rule(shardings=types, said=f"tables: row_type = {t.row_type!r}")
+        elif t.sharding != "auto":
             columns = _columns_per_shard(t, world, local)
             parts = None if columns is None else stored_dim(t.dim) // columns
             asked = f"tables: sharding = {t.sharding!r}"
@@ -212,12 +216,21 @@ def to_torchrec(solution: Solution, embeddings: Embeddings) -> ShardingPlan:
     """An ordinary TorchRec plan of the collection inside `embeddings`."""
     prices = solution.prices
     cluster = prices.topology
-    placed = EmbeddingModuleShardingPlan()
+    placed: dict[str, ParameterSharding] = {}
     for table, choice in zip(embeddings.physical, solution.choices, strict=True):
         kind = prices.kinds[choice.kind].kind
         parts = [(rank, *extent) for rank, extent in zip(choice.ranks, _extents(table, kind, choice), strict=True)]
         placed[table.name] = _parameter(kind.sharding, kind.tier, kind.cache_share, parts, cluster)
-    return ShardingPlan({COLLECTION: placed})
+    return _of_collections(placed, embeddings)
+
+
+def _of_collections(placed: Mapping[str, ParameterSharding], embeddings: Embeddings) -> ShardingPlan:
+    """Each table's sharding under the collection that holds it."""
+    found: dict[str, EmbeddingModuleShardingPlan] = {}
+    for name, sharding in placed.items():
+        path = COLLECTION_PER_ID if name in embeddings.tables_per_id else COLLECTION
+        found.setdefault(path, EmbeddingModuleShardingPlan())[name] = sharding
+    return ShardingPlan(found)
 
 
 def _extents(table: Table, kind: Kind, choice: Choice) -> list[tuple[int, int, int, int]]:
@@ -313,7 +326,7 @@ def from_file(path: Path, embeddings: Embeddings, cluster: topology.Topology) ->
     odd = sorted(set(ours) ^ set(tables))
     if odd:
         raise UserError(f"{path}: has other tables than this model; they differ in {', '.join(odd[:8])}; plan again")
-    placed = EmbeddingModuleShardingPlan()
+    placed: dict[str, ParameterSharding] = {}
     for name, table in ours.items():
         entry = tables[name]
         try:
@@ -330,7 +343,7 @@ def from_file(path: Path, embeddings: Embeddings, cluster: topology.Topology) ->
         _check_parts(path, table, sharding, parts, world)
         tier = "device" if cluster.device == "cpu" else tier
         placed[name] = _parameter(sharding, tier, share, parts, cluster)
-    return ShardingPlan({COLLECTION: placed})
+    return _of_collections(placed, embeddings)
 
 
 def _check_parts(path: Path, table: Table, sharding: str, parts: Sequence[tuple[int, ...]], world: int) -> None:
@@ -374,7 +387,7 @@ def describe(
         entries, optimizer_bytes = [], 0
         for rank, device, (r0, r1, c0, c1) in shards:
             of_row = loads[t.name].state_per_row + (c1 - c0) * loads[t.name].state_per_column
-            size, state = 4 * (r1 - r0) * (c1 - c0), round((r1 - r0) * of_row)
+            size, state = ROW_TYPES[t.row_type] * (r1 - r0) * (c1 - c0), round((r1 - r0) * of_row)
             entries.append({"rank": rank, "rows": [r0, r1], "cols": [c0, c1], "bytes": size})
             ranks[rank]["table_bytes"] += size
             ranks[rank]["optimizer_bytes"] += state
@@ -409,6 +422,29 @@ def embeddings_of(task: nn.Module) -> Embeddings:
 def has_fused_tables(plan: ShardingPlan) -> bool:
     """Whether any table is updated inside the backward: all but the data_parallel ones are."""
     return any(p.sharding_type != "data_parallel" for p in _module_plan(plan).values())
+
+
+def _shardable(table: Table, logical: Table, world_size: int, local_world_size: int) -> Table:
+    """The table, left to the planner where the sharding that the user gave its logical table cannot be: a kind's small
+    parts, such as a remainder table of 5 rows, cannot all be cut as the large one can."""
+    if logical.kind == "standard" or table.sharding == "auto":
+        return table
+    try:
+        _check_rows([table], world_size, local_world_size)
+        _columns_per_shard(table, world_size, local_world_size)
+    except UserError:
+        return replace(table, sharding="auto")
+    return table
+
+
+def _check_row_types(tables: Sequence[Table]) -> None:
+    wrong = [t for t in tables if t.sharding == "data_parallel" and t.row_type != "fp32"]
+    if wrong:
+        raise UserError(
+            f"tables {', '.join(repr(t.name) for t in wrong)}: a data_parallel table, which has a copy on every rank "
+            f"and dense gradients, stores its rows in fp32, not in {wrong[0].row_type}; use "
+            f'row_type = "fp32" for it, or sharding = "table_wise"'
+        )
 
 
 def _row_parts(sharding: str, world_size: int, local_world_size: int) -> int:
@@ -473,9 +509,9 @@ def _on_rank_0(plan: Callable[[], Planned]) -> Planned:
     return box[0]
 
 
-def _module_plan(plan: ShardingPlan) -> Any:
-    (found,) = plan.plan.values()
-    return found
+def _module_plan(plan: ShardingPlan) -> dict[str, Any]:
+    """Table -> its sharding, over the collections of the model."""
+    return {name: sharding for of_module in plan.plan.values() for name, sharding in of_module.items()}
 
 
 def _extent(metadata: Any) -> tuple[int, int, int, int]:

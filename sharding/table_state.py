@@ -35,7 +35,8 @@ class Held:
 
 def fused_kernels(task: nn.Module) -> Iterator[Fused]:
     """The kernels of this rank that update tables in the backward, ours and FBGEMM's."""
-    for lookup in embeddings_of(task).ebc._lookups:  # a plain list, which modules() does not see
+    # _lookups is a plain list, which modules() does not see.
+    for lookup in (lookup for ebc in embeddings_of(task).collections for lookup in ebc._lookups):
         for kernel in lookup.modules():
             if isinstance(kernel, (FusedEmbeddingBag, BatchedFusedEmbeddingBag)):
                 yield kernel

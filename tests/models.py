@@ -212,7 +212,8 @@ def train_plain(model: PlainModel, optim: Optim, batches: Sequence[Batch]) -> li
 def table_shards(dmp: nn.Module) -> list[tuple[str, int, int, Tensor]]:
     """(table, first row, first column, values) of every part of a table on this rank, the values not copied."""
     found = []
-    for name, weights in embeddings_of(dmp.module).ebc.state_dict().items():
+    state = [item for ebc in embeddings_of(dmp.module).collections for item in ebc.state_dict().items()]
+    for name, weights in state:
         table = name.split(".")[1]
         if isinstance(weights, ShardedTensor):
             found += [(table, *s.metadata.shard_offsets, s.tensor) for s in weights.local_shards()]

@@ -28,12 +28,13 @@ from pydantic import (
 
 from kernels import registry
 from kernels.errors import UserError
-from sharding.tables.base import SHARDING_TYPES
+from sharding.tables.base import ROW_TYPES, SHARDING_TYPES
 from sharding.topology import quantity
 from trainer.data.dataset import Frozen
 
 Positive = Annotated[int, Field(gt=0)]
 ShardingType = Literal["auto", *SHARDING_TYPES]  # type: ignore[valid-type]
+RowType = Literal[*ROW_TYPES]  # type: ignore[valid-type]
 
 
 class Plugin(Frozen):
@@ -104,6 +105,7 @@ class TableOptions(Frozen):
     options: dict[str, Any] | None = None
     id_policy: Literal["error", "clip", "hash"] | None = None
     init_std: float | None = None
+    row_type: RowType | None = None  # type: ignore[valid-type]
 
 
 class TableOverride(TableOptions):
@@ -116,6 +118,7 @@ class Tables(Frozen):
     pooling: Literal["sum", "mean"] = "sum"
     sharding: ShardingType = "auto"
     kind: TableKind = "standard"  # type: ignore[valid-type]
+    row_type: RowType = "fp32"  # type: ignore[valid-type]  # how a row is stored (docs/tables.md)
     override: tuple[TableOverride, ...] = ()  # the last match wins, key by key
 
 

@@ -35,6 +35,8 @@ RECORDS = (
     ("torchrec.distributed.comm", r"TORCHREC_RESOLVED_POD_SIZE not set"),
     ("torchrec.distributed.comm", r"\[Connection\] (intra|cross)_group: "),  # an announcement at the level of a warning
     ("torchrec.distributed.utils", r"Sharding Type is data_parallel, caching params will be ignored"),
+    # On the CPU there are no streams to race on; with a GPU the pipeline gives the module one.
+    ("torchrec.distributed.train_pipeline.postproc", r"Postproc module \S+ has no dist stream"),
     ("root", r"Sharding spec not found for "),  # data-parallel tables have none
     ("torch.fx._symbolic_trace", r"is_fx_tracing will return true for both fx\.symbolic_trace and torch\.export"),
     ("torch.distributed.elastic.multiprocessing.redirects", r"NOTE: Redirects are currently not supported"),

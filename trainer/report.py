@@ -111,6 +111,11 @@ def write_html(run_dir: str | Path) -> Path:
     return _write(run_dir / "report.html", report_page.render(run_dir))
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a file in one move.  UserError when the disk is full or the folder cannot be written."""
+    return _write(path, text)
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: NaN and infinity are None, paths text, numpy and torch scalars numbers."""
     if isinstance(value, dict):

@@ -1,7 +1,9 @@
 """From config and dataset to tables: defaults, then every override whose pattern matches, the last one winning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from kernels import registry
 from kernels.errors import UserError
@@ -47,7 +49,7 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
     for feature in dataset.categorical:
         options = _options(config, feature)
         drafts.setdefault(options.pop("table") or feature.name, []).append((feature, options))
-    tables = []
+    tables: list[Table] = []
     rows: dict[str, int] = {}
     policy: dict[str, str] = {}
     for name, members in drafts.items():
@@ -56,7 +58,17 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
         for feature, options in members:
             rows[feature.name] = table.rows
             policy[feature.name] = options["id_policy"]
-    return ResolvedTables(tables=tuple(tables), features=features, rows=rows, policy=policy)
+    return ResolvedTables(tables=settle(tables), features=features, rows=rows, policy=policy)
+
+
+def settle(tables: Sequence[Table]) -> tuple[Table, ...]:
+    """The tables, each kind asked what it makes of all of its own together (`together` in sharding/tables/base.py)."""
+    settled = {table.name: table for table in tables}
+    for kind in dict.fromkeys(table.kind for table in tables):
+        module = registry.load("sharding.tables", kind)
+        if hasattr(module, "together"):
+            settled |= {t.name: t for t in module.together([t for t in tables if t.kind == kind])}
+    return tuple(settled.values())
 
 
 def _table(name: str, members: list[tuple[Categorical, dict]]) -> Table:
@@ -81,7 +93,25 @@ def _table(name: str, members: list[tuple[Categorical, dict]]) -> Table:
         kind=first["kind"],
         options=first["options"],
         init_std=first["init_std"],
+        row_type=first["row_type"],
+        multi_hot=any(feature.multi_hot for feature, _ in members),
+        **_frequencies([feature for feature, _ in members]),
     )
+
+
+def _frequencies(features: Sequence[Categorical]) -> dict[str, Any]:
+    """lookups, head and by_popularity of the table that these features share, as far as dataset.json tells.
+
+    Which rows several features have in common is not known, so that a shared table has no head.
+    """
+    if any(feature.stats is None for feature in features):
+        return {}
+    found: dict[str, Any] = {"lookups": sum(feature.stats.ids_per_bag for feature in features)}
+    if len(features) == 1:
+        top = features[0].stats.top_share
+        found["head"] = tuple(sorted((int(n), share) for n, share in top.items()))
+        found["by_popularity"] = features[0].ids == "vocab"
+    return found
 
 
 def _options(config: Config, feature: Categorical) -> dict:
@@ -95,6 +125,7 @@ def _options(config: Config, feature: Categorical) -> dict:
         "options": {},
         "id_policy": config.data.id_policy,
         "init_std": None,
+        "row_type": defaults.row_type,
         "table": None,
     }
     for override in defaults.override:

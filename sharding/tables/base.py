@@ -1,20 +1,51 @@
 """The contract of an embedding-table kind: what it is given (`Table`) and what it answers (`Lowered`).
 
-A kind is a file in this folder with one function
+A kind is a file in this folder with
 
     lower(table: Table) -> Lowered
+        Called once per table on every rank, before anything is allocated; it must depend on the table alone.  It says
+        which plain *physical* tables stand for the logical one, so that the planner can price and shard them:
 
-called once per table on every rank, before anything is allocated; it must depend on the table alone.  It says which
-plain *physical* tables stand for the logical one, so that the planner can price and shard them:
+            ids of a feature -> id map (per physical feature) -> sharded look-ups, summed over a bag
+            -> combine -> (B, D)
 
-    ids of a feature -> id map (per physical feature) -> sharded look-ups, summed over a bag -> combine -> (B, D)
+        A combine that does not commute with the sum (a product) says `per_id = True`: then every id is looked up by
+        itself, the combine is applied per id, and its results are summed over the bag:
 
-It raises UserError, naming the table, for options that make no sense.  The file may import torch, not TorchRec.
+            ids of a feature -> id map -> sharded look-ups of each id
+            -> combine -> (N, D) -> times the ids' weights, summed over a bag -> (B, D)
+
+        Raises UserError, naming the table, for options that make no sense.
+
+    reference(table, feature, id, weights) -> (D,)
+        The vector of one id, written as the paper writes it, in Python's integers and with no look at `lower`'s
+        callables.  weights: name of a physical table -> its (E, D) tensor; name of a parameter of the combine -> the
+        parameter.  The tests hold the sharded look-up against it, in output and in gradient.
+
+    VARIANTS: tuple of options
+        with which the conformance suite (tests/sharding/test_tables.py) tries the kind, on tables of 40 rows or more.
+
+and, if it has something to say there,
+
+    together(tables) -> tables
+        Called once with all tables of this kind of a model, before any of them is lowered: settles in their options
+        what depends on several of them, such as a joint budget.
+    fit(tables, budget) -> tables
+        The same tables with options such that their physical tables take at most `budget` bytes, and as few less as can
+        be.  Options of the kind that say nothing of size are kept.  UserError for a budget below the smallest possible.
+        `tablemesh compare-tables` calls it.
+
+The file may import torch, not TorchRec.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kernels import registry
+from kernels.errors import UserError
 
 SHARDING_TYPES = (
     "data_parallel",
@@ -25,11 +56,23 @@ SHARDING_TYPES = (
     "table_column_wise",
     "grid_shard",
 )
+# How a row is stored -> bytes of an element.
+ROW_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ALIGNED = 4  # columns: FBGEMM's kernels want multiples of it
+
+
+class Options(BaseModel):
+    """Base of a kind's options: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Read = TypeVar("Read", bound=Options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One logical embedding table, as the user sees it.
+    """One logical embedding table, as the user sees it; or a physical one, of kind "standard".
 
     name: unique among the tables.
     rows: E, ids are 0 .. rows-1.
@@ -39,7 +82,13 @@ class Table:
     sharding: one of SHARDING_TYPES, or "auto" for the planner's choice.
     kind: the file in sharding/tables/ that lowers it to physical tables.
     options: the kind's own options.
-    init_std: standard deviation of the normal initial values; None for U(-sqrt(1/rows), sqrt(1/rows)) as DLRM's.
+    row_type: how its rows are stored, one of ROW_TYPES.
+    init_std, init_mean, init_bound: initial values are normal with this mean and standard deviation; without a standard
+        deviation uniform in mean +- bound, where bound is sqrt(1/rows) as DLRM's if it is not given.
+    multi_hot: whether a bag may hold more than one id.
+    lookups: mean number of ids that a sample looks up in it, over all its features; None: not known.
+    head: ((n, share of the look-ups that the n most frequent rows take), ...), ascending; empty: not known.
+    by_popularity: whether id 0 is the most frequent one, id 1 the next, and so on.
     """
 
     name: str
@@ -50,22 +99,72 @@ class Table:
     sharding: str = "auto"
     kind: str = "standard"
     options: dict = field(default_factory=dict)
+    row_type: str = "fp32"
     init_std: float | None = None
+    init_mean: float = 0.0
+    init_bound: float | None = None
+    multi_hot: bool = True
+    lookups: float | None = None
+    head: tuple[tuple[int, float], ...] = ()
+    by_popularity: bool = False
 
     def __post_init__(self) -> None:
         assert self.features and self.pooling in ("sum", "mean") and self.sharding in ("auto", *SHARDING_TYPES)
+        assert self.row_type in ROW_TYPES
+
+    @property
+    def bytes(self) -> int:
+        """Of its rows, were it one physical table."""
+        return self.rows * self.row_bytes(self.dim)
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a row of `dim` columns as this table stores rows."""
+        return ROW_TYPES[self.row_type] * stored_dim(dim)
+
+    def part(self, suffix: str, *, features: Sequence[str], **changes: Any) -> "Table":
+        """A physical table NAME#suffix for this logical one: sharded and stored like it, with these changes."""
+        return replace(
+            self, name=f"{self.name}#{suffix}", kind="standard", options={}, features=tuple(features), **changes
+        )
+
+    def read(self, options: type[Read], *, of: Mapping[str, Any] | None = None) -> Read:
+        """Its options (or others) as the kind's own class; UserError that names table and key."""
+        try:
+            return options.model_validate(self.options if of is None else of)
+        except ValidationError as error:
+            lines = [self._complaint(options, e) for e in error.errors(include_url=False)]
+            raise UserError("\n".join(lines)) from None
+
+    def _complaint(self, options: type[Options], error: Any) -> str:
+        key = ".".join(str(part) for part in error["loc"])
+        start = f"table {self.name!r}, kind {self.kind!r}: "
+        if error["type"] == "extra_forbidden":
+            known = sorted(options.model_fields)
+            return f"{start}unknown option {key!r}; " + (registry.nearest(key, known) if known else "it has none")
+        if error["type"] == "missing":
+            return f"{start}the option {key!r} is missing"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{start}option {key} = {error['input']!r}: {message}" if key else start + message
+
+
+def stored_dim(dim: int) -> int:
+    """Columns a physical table of this dim is stored with: 1 .. 4 -> 4, 5 .. 8 -> 8."""
+    return -(-dim // ALIGNED) * ALIGNED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where the ids of a physical feature come from.
 
-    feature: the logical feature whose bags it takes; every bag keeps its length.
+    feature: the logical feature whose bags it takes.
     ids: (N,) int64 -> (N,) int64, element by element, without state; None: the ids as they are.
+    keep: (N,) int64 -> (N,) bool, likewise: ids that stay in their bags, the others have no row in this table.  None:
+        all of them, every bag keeps its length.
     """
 
     feature: str
     ids: Callable[[Any], Any] | None = None
+    keep: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +173,31 @@ class Lowered:
 
     tables: physical tables, each of kind "standard"; their features are physical features, unique over the model.
     sources: physical feature -> its Source.
-    combine: module from the list of a logical feature's summed vectors [(B, d_1), (B, d_2), ...], in the order of
-        `sources`, to its (B, D); None when there is one of them and it is the answer.  For pooling "mean" its result
-        is divided by the bag's length afterwards.
+    combine: module from the list of a logical feature's vectors [(B, d_1), (B, d_2), ...], in the order of `sources`,
+        to its (B, D); None when there is one of them and it is the answer.  It gives zeros for zeros.  Its parameters
+        are dense ones of the model: replicated, drawn by their `init(generator)`, trained by the dense optimizer.  For
+        pooling "mean" its result is divided by the bag's length afterwards.
+    per_id: whether it is to be applied per id, before the sum over a bag.
     """
 
     tables: tuple[Table, ...]
     sources: dict[str, Source]
     combine: Any = None
+    per_id: bool = False
+
+
+def shares(tables: Sequence[Table], budget: int) -> list[int]:
+    """A budget in bytes, divided over tables in proportion to what they would take as one physical table each."""
+    whole = sum(table.bytes for table in tables)
+    return [budget * table.bytes // whole for table in tables]
+
+
+def too_small(tables: Sequence[Table], budget: int, smallest: int, why: str) -> UserError:
+    """The error of `fit` for a budget that no choice of sizes meets."""
+    names = ", ".join(repr(t.name) for t in tables[:4]) + (f" and {len(tables) - 4} more" if len(tables) > 4 else "")
+    full = sum(t.bytes for t in tables)
+    return UserError(
+        f"{'table' if len(tables) == 1 else 'tables'} {names}: a budget of {budget:,} bytes is below the smallest "
+        f"possible for kind {tables[0].kind!r}, {smallest:,} bytes ({why}); one physical table each takes {full:,}: "
+        f"give at least {smallest / full:.4f} of that, or take another kind"
+    )

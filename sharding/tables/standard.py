@@ -1,11 +1,27 @@
 """A table as it is: one physical table, one row per id."""
 
-from kernels.errors import UserError
-from sharding.tables.base import Lowered, Source, Table
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from sharding.tables.base import Lowered, Options, Source, Table, too_small
+
+VARIANTS = ({},)
 
 
 def lower(table: Table) -> Lowered:
     """The table itself; UserError for options, of which it has none."""
-    if table.options:
-        raise UserError(f'table {table.name!r}: kind "standard" has no options, but got {", ".join(table.options)}')
+    table.read(Options)
     return Lowered(tables=(table,), sources={name: Source(feature=name) for name in table.features})
+
+
+def reference(table: Table, feature: str, id: int, weights: Mapping[str, Tensor]) -> Tensor:
+    return weights[table.name][id]
+
+
+def fit(tables: Sequence[Table], budget: int) -> tuple[Table, ...]:
+    """The tables as they are, or UserError: there is nothing to choose."""
+    size = sum(table.bytes for table in tables)
+    if size > budget:
+        raise too_small(tables, budget, size, "a row for every id")
+    return tuple(tables)

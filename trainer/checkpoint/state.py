@@ -27,7 +27,7 @@ from sharding.table_state import WEIGHT, Held, held_parts, set_updates
 from trainer.checkpoint.files import Files
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.storage import Part, read_into, whole
-from trainer.optim.base import TABLES
+from trainer.optim.base import TABLES, table_of
 
 # States of optimizers in plain torch (trainer/optim, for data_parallel tables) under the names of the fused ones.
 FUSED_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -47,7 +47,7 @@ def parts_of(model: nn.Module, optimizer: Any | None) -> list[Part]:
     fused = {part.table for part in parts}
     for name, value in model.state_dict().items():
         if name.startswith(TABLES):
-            table = name.removeprefix(TABLES).removesuffix(".weight")
+            table = table_of(name)
             if table not in fused and not isinstance(value, ShardedTensor):
                 parts.append(_replicated(table, WEIGHT, value, sizes[table]))
             continue
@@ -69,7 +69,7 @@ def parts_of(model: nn.Module, optimizer: Any | None) -> list[Part]:
         if not name.startswith(TABLES):
             parts.append(whole(f"optimizer/{name}/{state}", value))
         elif state != "step":
-            table = name.removeprefix(TABLES).removesuffix(".weight")
+            table = table_of(name)
             parts.append(_replicated(table, FUSED_NAMES.get(state, state), value, sizes[table]))
     return parts
 

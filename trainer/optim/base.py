@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from kernels import registry
 from trainer.config import Optim, Plugin
 
-TABLES = "embeddings.ebc.embedding_bags."  # what the names of table weights begin with
+# What the names of table weights begin with: the two collections of sharding.embeddings.
+TABLES = ("embeddings.ebc.embedding_bags.", "embeddings.ebc_per_id.embedding_bags.")
+
+
+def table_of(parameter: str) -> str:
+    """embeddings.ebc.embedding_bags.NAME.weight -> NAME; table names have no dots."""
+    return parameter.split(".")[3]
 
 
 def plugin(config: Plugin) -> Any:

@@ -1,0 +1,347 @@
+"""Table kinds beside each other: every kind at every byte budget with several seeds, on one config.
+
+    plan_cells(config, dataset, kinds=..., budgets=..., seeds=...) -> (cells, refused)
+    run_cells(cells, folder, ...) -> rows             trained here, or read back where they were trained before
+    summary(rows, ...), write(folder, ...)            compare.json and compare.html
+
+A cell is a whole config: the base config in which `fit` of the kind (sharding/tables/base.py) has chosen every table's
+options for the budget.  It is trained by one rank; several cells are trained beside each other, each process taking one
+after the other.  A cell's figures are kept in FOLDER/cells under a hash of its config and the data, so that a
+comparison that was stopped, or gets more budgets or seeds, trains only what is missing.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kernels import registry
+from kernels.errors import UserError
+from sharding.tables.base import Table
+from trainer import config as configs
+from trainer import report
+from trainer.charts import Rule, Series, line_chart
+from trainer.config import Config, TableOverride
+from trainer.data.dataset import Dataset
+from trainer.data.parquet import open_dataset
+from trainer.tables import resolve, settle
+
+LATENCY_BATCHES = 30
+WARM_UP = 5  # steps and look-ups left out of times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """kind: as it was asked for, options included.  budget: share of the bytes of one standard table each.
+    config: of the run, as TOML.  key: names its file."""
+
+    kind: str
+    budget: float
+    seed: int
+    config: str
+    key: str
+
+
+def parse_kind(text: str) -> tuple[str, dict[str, Any]]:
+    """ "unified:lookups=2:seed=5" -> ("unified", {"lookups": 2, "seed": 5}); UserError for what is not like this."""
+    kind, *pairs = text.split(":")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise UserError(f"--kinds {text!r}: {pair!r} is not option=value; write it as unified:lookups=2")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    registry.load("sharding.tables", kind)
+    return kind, options
+
+
+def plan_cells(
+    config: Config, dataset: Dataset, *, kinds: Sequence[str], budgets: Sequence[float], seeds: int
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """The cells, and {"kind", "budget", "why"} of each kind and budget that cannot be.
+
+    Seeds follow the config's.  Raises UserError for a kind that is unknown, has no `fit` or refuses its options.
+    """
+    base = [replace(table, kind="standard", options={}) for table in resolve(config, dataset).tables]
+    full = sum(table.bytes for table in base)
+    cells, refused = [], []
+    for text in kinds:
+        kind, options = parse_kind(text)
+        module = registry.load("sharding.tables", kind)
+        if not hasattr(module, "fit"):
+            raise UserError(f"--kinds {text!r}: {kind} has no fit(tables, budget), which finds its sizes for a budget")
+        tables = [replace(table, kind=kind, options=options) for table in base]
+        fitting = 0
+        for budget in budgets:
+            try:
+                fitted = module.fit(tables, round(budget * full))
+            except UserError as error:
+                refused.append({"kind": text, "budget": budget, "why": str(error)})
+                continue
+            fitting += 1
+            for seed in range(config.seed, config.seed + seeds):
+                cells.append(_cell(config, dataset, text, budget, seed, fitted))
+        if not fitting and len(budgets) == 1 and len(kinds) == 1:
+            raise UserError(refused[-1]["why"])
+    return cells, refused
+
+
+def _cell(config: Config, dataset: Dataset, kind: str, budget: float, seed: int, tables: Sequence[Table]) -> Cell:
+    overrides = tuple(
+        TableOverride(
+            match=table.features,
+            kind=table.kind,
+            options=table.options,
+            table=table.name if len(table.features) > 1 else None,
+        )
+        for table in settle(tables)
+    )
+    changed = config.model_copy(
+        update={
+            "seed": seed,
+            "tables": config.tables.model_copy(update={"override": (*config.tables.override, *overrides)}),
+        }
+    )
+    text = changed.located().to_toml()
+    key = hashlib.sha256(f"{text}\n{dataset.fingerprint}".encode()).hexdigest()[:20]
+    return Cell(kind=kind, budget=budget, seed=seed, config=text, key=key)
+
+
+def run_cells(
+    cells: Sequence[Cell], folder: Path, *, processes: int, threads: int, progress: Callable[[int, int, str], None]
+) -> list[dict[str, Any]]:
+    """The figures of every cell, in order.  progress(done, of, what) is called as they come.
+
+    Raises UserError when a cell fails; what was finished before is kept.
+    """
+    kept = folder / "cells"
+    kept.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if _read(kept, cell) is None]
+    done = len(cells) - len(missing)
+    progress(done, len(cells), "kept from before" if done else "starting")
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        workers = min(processes, len(missing))
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+            futures = {pool.submit(run_cell, cell): cell for cell in missing}
+            try:
+                for future in as_completed(futures):
+                    cell = futures[future]
+                    report.write_json(kept, future.result(), name=f"{cell.key}.json")
+                    done += 1
+                    progress(done, len(cells), f"{cell.kind} at {cell.budget:g}, seed {cell.seed}")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [_read(kept, cell) for cell in cells]
+
+
+def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """A cell's figures under this comparison's name for it; None where they are missing or broken."""
+    try:
+        found = json.loads((folder / f"{cell.key}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found | {"kind": cell.kind, "budget": cell.budget, "seed": cell.seed}
+
+
+def _start(threads: int) -> None:
+    """Once per process: alone in its process group."""
+    import torch
+
+    from trainer import quiet
+    from trainer.world import World
+
+    quiet.install()
+    torch.set_num_threads(threads)
+    World.from_env().connect(timeout_seconds=300)
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Train and evaluate one cell in this process, whose process group is up."""
+    import tomllib
+
+    from trainer.evaluate import evaluate
+    from trainer.pipeline import build_pipeline
+    from trainer.trainer import build, eval_splits
+    from trainer.world import World
+
+    config = configs.validate(Config, tomllib.loads(cell.config), where=f"{cell.kind} at budget {cell.budget:g}")
+    world = World.from_env()
+    dataset = open_dataset(config.data.path, config.data.features)
+    built = build(config, dataset, config.data.path, world)
+    reader = built.reader("train", batch_size=config.train.batch_size, shuffle=True)
+    steps = config.train.max_steps or reader.steps_per_epoch * config.train.epochs
+    pipeline = build_pipeline(
+        config.train.pipeline,
+        built.model,
+        built.optimizer,
+        device=world.device,
+        schedule=config.optim.schedule,
+        clip=config.optim.clip_grad_norm,
+    )
+    built.model.train()
+    samples, seconds = 0, 0.0
+    batches = _endless(reader)
+    try:
+        for step in range(steps):
+            started = time.perf_counter()
+            _, _, batch = pipeline.step(batches)
+            if step >= WARM_UP or steps <= WARM_UP:
+                samples, seconds = samples + batch.rows_in_step, seconds + time.perf_counter() - started
+    finally:
+        batches.close()
+    with pipeline.paused():
+        _, split = eval_splits(config, dataset)
+        if split is None:
+            raise UserError(f"dataset {dataset.name!r} has no split to compare on; prepare it with test = 0.2")
+        test = built.eval_reader(split)
+        figures = evaluate(built.model, test, built.metrics(), world=world)
+        latency = _lookup_ms(built, test)
+    physical = sum(table["bytes"] for table in built.plan["tables"])
+    combine = built.model.module.embeddings.combine
+    dense = sum(p.numel() * p.element_size() for p in combine.parameters())
+    return {
+        "bytes": physical + dense,
+        "table_bytes": physical,
+        "optimizer_bytes": sum(table["optimizer_bytes"] for table in built.plan["tables"]),
+        "auc": figures["auc"],
+        "logloss": figures["logloss"],
+        "train_samples_per_second": samples / seconds,
+        "lookup_ms": latency,
+        "lookup_rows": test.order.batch_size,
+        "steps": steps,
+        "split": split,
+    }
+
+
+def _endless(reader: Any) -> Iterator[Any]:
+    epoch = 0
+    while True:
+        with reader.batches(epoch) as batches:
+            yield from batches
+        epoch += 1
+
+
+def _lookup_ms(built: Any, reader: Any) -> float:
+    """Median milliseconds of the look-up alone, of a batch of `reader`, without gradients."""
+    import torch
+
+    with reader.batches(epoch=0) as batches:
+        ids = next(iter(batches)).to(built.world.device).ids
+    times = []
+    with torch.no_grad():
+        for _ in range(WARM_UP + LATENCY_BATCHES):
+            started = time.perf_counter()
+            built.model.module.embeddings(ids)
+            if built.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[WARM_UP:])
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per kind and budget: means over seeds, and the spread (largest minus smallest) of AUC and log loss."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["budget"]), []).append(row)
+    found = []
+    for (kind, budget), members in groups.items():
+        entry: dict[str, Any] = {"kind": kind, "budget": budget, "seeds": len(members), "bytes": members[0]["bytes"]}
+        for key in ("auc", "logloss"):
+            values = [member[key] for member in members]
+            entry |= {key: statistics.fmean(values), f"{key}_spread": max(values) - min(values)}
+        for key in ("train_samples_per_second", "lookup_ms"):
+            entry[key] = statistics.median(member[key] for member in members)
+        found.append(entry)
+    return found
+
+
+def result(
+    config: Config, dataset: Dataset, rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]], full: int
+) -> dict[str, Any]:
+    """compare.json."""
+    split = rows[0]["split"] if rows else None
+    bayes = dataset.bayes.get(split or "")
+    return {
+        "name": config.name,
+        "dataset": dataset.name,
+        "source": dataset.source,
+        "split": split,
+        "full_bytes": full,
+        "rows": list(rows),
+        "summary": summary(rows),
+        "refused": list(refused),
+        "bayes": bayes.model_dump() if bayes else None,
+        "hardware": report.hardware(),
+        "versions": report.versions(),
+    }
+
+
+def full_bytes(config: Config, dataset: Dataset) -> int:
+    """Bytes of the config's tables, were each one standard table."""
+    return sum(table.bytes for table in resolve(config, dataset).tables)
+
+
+def write(folder: Path, found: dict[str, Any]) -> Path:
+    """FOLDER/compare.json and FOLDER/compare.html, whose path it returns."""
+    report.write_json(folder, found, name="compare.json")
+    return report.write_text(folder / "compare.html", render(found))
+
+
+def render(found: dict[str, Any]) -> str:
+    from trainer.report_page import count, figure, size
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(count=count, size=size, figure=figure)
+    kinds = list(dict.fromkeys(entry["kind"] for entry in found["summary"]))
+    best, full = found["bayes"], found["full_bytes"]
+
+    def chart(title: str, key: str, digits: str, rules: Sequence[Rule] = (), *, from_zero: bool = False) -> Any:
+        series = [
+            Series(
+                name=kind,
+                colour=i % 8 + 1,
+                dots=True,
+                points=sorted(
+                    (e["bytes"] / full, e[key]) for e in found["summary"] if e["kind"] == kind
+                ),
+            )
+            for i, kind in enumerate(kinds)
+        ]
+        return line_chart(
+            title=title,
+            x_label="share of the full tables' bytes",
+            series=series,
+            format_y=digits.format,
+            rules=rules,
+            from_zero=from_zero,
+        )
+
+    charts = [
+        chart("AUC", "auc", "{:.4f}"),
+        chart("Log loss", "logloss", "{:.4f}"),
+        chart("Training, samples per second", "train_samples_per_second", "{:,.0f}", from_zero=True),
+        chart("Look-up of a batch, ms", "lookup_ms", "{:.2f} ms", from_zero=True),
+    ]
+    return environment.get_template("compare.html.j2").render(
+        found=found, charts=[c for c in charts if c], best=best, by_budget=_by_budget(found["summary"])
+    )
+
+
+def _by_budget(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Largest budget first, the best AUC first within one."""
+    return sorted(entries, key=lambda e: (-e["budget"], -e["auc"]))
