@@ -316,9 +316,7 @@ def render(found: dict[str, Any]) -> str:
                 name=kind,
                 colour=i % 8 + 1,
                 dots=True,
-                points=sorted(
-                    (e["bytes"] / full, e[key]) for e in found["summary"] if e["kind"] == kind
-                ),
+                points=sorted((e["bytes"] / full, e[key]) for e in found["summary"] if e["kind"] == kind),
             )
             for i, kind in enumerate(kinds)
         ]
