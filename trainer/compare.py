@@ -308,7 +308,7 @@ def render(found: dict[str, Any]) -> str:
     )
     environment.filters.update(count=count, size=size, figure=figure)
     kinds = list(dict.fromkeys(entry["kind"] for entry in found["summary"]))
-    best, full = found["bayes"], found["full_bytes"]
+    best = found["bayes"]
 
     def chart(title: str, key: str, digits: str, rules: Sequence[Rule] = (), *, from_zero: bool = False) -> Any:
         series = [
@@ -316,13 +316,13 @@ def render(found: dict[str, Any]) -> str:
                 name=kind,
                 colour=i % 8 + 1,
                 dots=True,
-                points=sorted((e["bytes"] / full, e[key]) for e in found["summary"] if e["kind"] == kind),
+                points=sorted((e["budget"], e[key]) for e in found["summary"] if e["kind"] == kind),
             )
             for i, kind in enumerate(kinds)
         ]
         return line_chart(
             title=title,
-            x_label="share of the full tables' bytes",
+            x_label="byte budget, of the full size",
             series=series,
             format_y=digits.format,
             rules=rules,
