@@ -273,7 +273,10 @@ class Combine(nn.Module):
             vectors = [of[name][:, : self.width[name]] for name in names]
             if feature in self.per_id:
                 vectors = [vector[: bags[feature].values().numel()] for vector in vectors]
-            one = self.combines[self.combine_of[feature]](vectors) if feature in self.combine_of else vectors[0]
+            if feature in self.combine_of:  # in float32, also where the look-ups give bfloat16
+                one = self.combines[self.combine_of[feature]]([vector.float() for vector in vectors])
+            else:
+                one = vectors[0]
             columns.append(_sum_bags(one, bags[feature]) if feature in self.per_id else one)
         return torch.cat(columns, dim=1)
 

@@ -190,11 +190,11 @@ def losses_of_reference():
     return found
 
 
-def sharded(sharding: str, pipeline: str, optimizer: str, **changes):
+def sharded(sharding: str, pipeline: str, optimizer: str, *, bf16: bool = False, **changes):
     tables = all_tables(sharding, **changes)
     optim = OPTIMIZERS[optimizer]
     return build_sharded(
-        tables, features_of(tables), MODEL, optim, dense=4, pipeline=pipeline, kernel="auto", seed=SEED
+        tables, features_of(tables), MODEL, optim, dense=4, pipeline=pipeline, kernel="auto", seed=SEED, bf16=bf16
     )
 
 
@@ -224,6 +224,20 @@ def test_sharded_losses_are_those_of_the_reference(world_size, cases, losses_of_
         worst = max(abs(x - y) for x, y in zip(losses, expected, strict=True))
         assert worst <= 2e-5, f"{sharding}, {pipeline}, {optimizer}: {worst}"
     assert all(expected[-2] != expected[0] for expected in losses_of_reference.values())
+
+
+def losses_in_bf16(shardings) -> list[list[float]]:
+    found = []
+    for sharding in shardings:
+        tables = all_tables(sharding)
+        built = sharded(sharding, "plain", "adagrad", bf16=True)
+        found.append(train_sharded(built, make_batches(tables, features_of(tables), **STEPS)))
+    return found
+
+
+def test_lookups_in_bf16_train_nearly_alike(losses_of_reference):
+    for losses in run_ranks(losses_in_bf16, 2, ("table_wise", "row_wise"), timeout_seconds=400)[0]:
+        assert losses == pytest.approx(losses_of_reference["adagrad"], abs=0.03)
 
 
 def go_on(folder, sharding: str, first: int, last: int) -> list[float]:
