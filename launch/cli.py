@@ -341,6 +341,7 @@ def compare_tables(
     as_json: Json = False,
 ) -> None:
     """Train every table kind at every byte budget with several seeds; a table and a plot, as HTML and JSON."""
+    from launch import dataset as datasets
     from launch import figures, machine, progress
     from trainer import compare
     from trainer import config as configs
@@ -349,7 +350,7 @@ def compare_tables(
     console = _console(as_json)
     resolved = configs.load(config, set_ or [])
     budgets = _shares(budget)
-    _prepare_missing(console, resolved)
+    datasets.prepare_missing(console, resolved)
     dataset = open_dataset(resolved.data.path, resolved.data.features)
     asked = list(dict.fromkeys(kind.strip() for kind in kinds.split(",") if kind.strip()))
     cells, refused = compare.plan_cells(resolved, dataset, kinds=asked, budgets=budgets, seeds=seeds)
