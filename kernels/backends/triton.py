@@ -43,7 +43,13 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or _interpreting())
 
 
-def supports(spec: Spec, device: torch.device) -> str | None:
+def on(device: torch.device) -> Any:
+    """Context in which launches go to this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run there, whatever they compute."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed"
     if device.type == "cpu" and not _interpreting():
@@ -55,6 +61,13 @@ def supports(spec: Spec, device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs a GPU of compute capability 8.0 or newer, this one has {found}"
+    return None
+
+
+def supports(spec: Spec, device: torch.device) -> str | None:
+    reason = refusal(device)
+    if reason is not None:
+        return reason
     wide = [t for t, table in enumerate(spec.tables) if table.dim > WIDEST]
     if wide:
         return f"{spec.title(wide[0])} has {spec.tables[wide[0]].dim} columns, more than {WIDEST}"
@@ -132,7 +145,7 @@ class Kernel:
         if bags == 0:
             return out
         length = _length(ids_N.numel(), len(spec.features) * bags)
-        with self._on_device():
+        with on(self.device):
             for width, features_G in zip(self.widths, self.features_of, strict=True):
                 if not width.features:
                     continue
@@ -162,7 +175,7 @@ class Kernel:
         grad_N = torch.zeros(ids_N.numel(), device=self.device) if weights_grad else None
         if ids_N.numel() == 0:
             return grad_N
-        with self._on_device():
+        with on(self.device):
             if grad_N is not None:
                 self._weight_gradients(grad, ids_N, offsets, grad_N, bags)
             self._update(grad, self._runs(grad, ids_N, offsets, scales_N, bags))
@@ -330,9 +343,6 @@ class Kernel:
             self.bad.zero_()
             check_ids(self.spec, ids_N, offsets)
             raise AssertionError("a kernel refused ids that are right")
-
-    def _on_device(self) -> Any:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _numbers(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device)

@@ -15,7 +15,9 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from kernels import interaction
 from kernels.backends.triton import Kernel
+from kernels.interactions import triton as interactions
 from kernels.ops import STATES, Optimizer, Spec, State, Table
 
 POINTERS = {
@@ -95,9 +97,20 @@ def main(capabilities: list[int]) -> None:
             weights_N = torch.ones(len(ids_N)) if spec.weighted else None
             out = kernel.forward(ids_N, offsets, weights_N)
             kernel.backward_update(torch.zeros_like(out), ids_N, offsets, weights_N, weights_grad=spec.weighted)
-        for line in found:
-            print(json.dumps({"spec": name, **line}), flush=True)
-        found.clear()
+        tell(name, found)
+    for features, dim, dense in ((26, 64, True), (3, 20, False), (100, 128, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            op = interactions.Kernel(interaction.Spec(features=features, dim=dim, dense=dense))
+            dense_BD = torch.zeros(2, dim, dtype=dtype) if dense else None
+            emb_BX = torch.zeros(2, features * dim, dtype=dtype)
+            op.backward(op.forward(dense_BD, emb_BX), dense_BD, emb_BX)
+            tell(f"{features} vectors of {dim} {dtype}", found)
+
+
+def tell(name: str, found: list[dict]) -> None:
+    for line in found:
+        print(json.dumps({"spec": name, **line}), flush=True)
+    found.clear()
 
 
 if __name__ == "__main__":

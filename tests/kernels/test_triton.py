@@ -29,8 +29,9 @@ def python(*words: str, **variables: str) -> str:
 def test_the_common_suite_in_the_interpreter():
     chosen = "triton and not threads"  # the interpreter has one thread
     options = ("-q", "-p", "no:cacheprovider", "-k", chosen, "-W", "ignore::RuntimeWarning")
-    out = python("-m", "pytest", *options, "tests/kernels/test_backends.py", TRITON_INTERPRET="1")
-    assert " skipped" not in out and int(out.rsplit(" passed", 1)[0].split()[-1]) > 50
+    suites = "tests/kernels/test_backends.py", "tests/kernels/test_interaction.py"
+    out = python("-m", "pytest", *options, *suites, TRITON_INTERPRET="1")
+    assert " skipped" not in out and int(out.rsplit(" passed", 1)[0].split()[-1]) > 60
 
 
 def test_long_runs_of_one_row_are_split():
@@ -74,10 +75,20 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path, capability):
     """To machine code, for what the host passes; rows of 16 bytes or more are read 16 bytes at a time."""
     out = python("-m", "tests.kernels.ptx", str(capability), TRITON_CACHE_DIR=str(tmp_path))
     lines = [json.loads(line) for line in out.splitlines()]
-    kernels = {"look_up", "weight_gradients", "make_keys", "find_runs", "fold", "fold_pieces", "update"}
+    kernels = {
+        "look_up",
+        "weight_gradients",
+        "make_keys",
+        "find_runs",
+        "fold",
+        "fold_pieces",
+        "update",
+        "dots",
+        "gradients",
+    }
     assert {line["kernel"] for line in lines} == kernels
     for line in lines:
-        if line["spec"].endswith("64") and line["kernel"] in ("look_up", "fold", "fold_pieces", "update"):
+        if line["spec"].endswith(" 64") and line["kernel"] in ("look_up", "fold", "fold_pieces", "update"):
             assert "ld.global.v4.b32" in line["loads"], line
 
 
