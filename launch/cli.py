@@ -145,6 +145,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps and print where their time went.")
     ] = False,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Restarts after a failure, from the newest valid checkpoint.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -158,6 +161,7 @@ def train(
         if not plan_file.is_file():
             raise UserError(f"--plan {plan_file}: no such file; `tablemesh plan {config} --out {plan_file}` writes one")
         overrides.append(f"plan.file={json.dumps(str(plan_file))}")
+    overrides += [] if max_restarts is None else [f"run.max_restarts={max_restarts}"]
     run_dir = None
     if config.is_dir():
         run_dir = rundir.find(config)
@@ -178,6 +182,7 @@ def train(
             nproc=nproc,
             module=module,
             grace=resolved.run.grace_seconds,
+            max_restarts=resolved.run.max_restarts,
         )
         text = starter.request(work)
         if as_json:
@@ -198,14 +203,15 @@ def train(
         nproc=nproc,
         module=module,
         grace=resolved.run.grace_seconds,
+        max_restarts=resolved.run.max_restarts,
         values=({"resume": _resume_from(resume)} if resume else {}) | ({"profile": True} if profile else {}),
     )
-    started = time.time()
+    started, began = time.time(), time.monotonic()
     ended = follow.run(work, starter, progress.make(console))
     if ended is not None:
         print_failure(ended)
         try:
-            rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, failure=ended)
+            rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, began=began, failure=ended)
         except UserError as error:
             print_error(f"and the report could not be written: {error}")
         if as_json:
@@ -385,6 +391,67 @@ def doctor(as_json: Json = False) -> None:
     else:
         examination.show(checks, _console(False))
     if any(check.state == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chaos(
+    config: Annotated[Path, typer.Argument(help="TOML config of a short run, such as configs/quickstart.toml.")],
+    kill_at: Annotated[
+        int | None, typer.Option(min=1, help="Step at which a rank is struck; default: the middle one.")
+    ] = None,
+    signal_: Annotated[
+        str, typer.Option("--signal", help="KILL, SEGV, ABRT; TERM, USR1 (save and stop); STOP, HANG (stand still).")
+    ] = "KILL",
+    during: Annotated[
+        str, typer.Option(help="step, save, eval or data: the first of these at or after --kill-at.")
+    ] = "step",
+    rank: Annotated[int | None, typer.Option(min=0, help="The rank that is struck; default: a random one.")] = None,
+    world: Annotated[
+        str | None, typer.Option(metavar="2->1", help="Ranks before and after; default: train.nproc, unchanged.")
+    ] = None,
+    kills: Annotated[
+        int | None, typer.Option("--soak", min=1, metavar="N", help="N kills at random points instead of one.")
+    ] = None,
+    each: Annotated[int, typer.Option(min=1, help="--soak: kills in one run at most.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random here.")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train twice, once with ranks that die, and compare weights, optimizer state and rows seen; 1 when they differ."""
+    import random
+
+    from launch import chaos as chaotic
+    from launch import dataset, progress
+    from trainer import config as configs
+
+    console = _console(as_json)
+    resolved = configs.load(config, set_ or [])
+    worlds = chaotic.Worlds.parse(world, resolved.train.nproc)
+    if kills is not None and (worlds.change or signal_ in chaotic.SAVING):
+        raise UserError("--soak: is for signals that the ranks are restarted after, and for the same number of ranks")
+    dataset.prepare_missing(console, resolved)
+    trial = chaotic.Chaos(resolved, worlds, _scheduler("local"), progress.make(console), signal=signal_)
+    if kills is None:
+        rng = random.Random(seed)
+        fault = trial.fault(step=kill_at or max(1, trial.steps // 2), during=during, rng=rng, rank=rank)
+        outcomes = [trial.disturb([fault])]
+        if not outcomes[0].struck:
+            raise UserError(f"--kill-at {fault.step} --during {during}: the run had no {during} at or after this step")
+    else:
+
+        def note(outcome: Any, struck: int) -> None:
+            console.print(f"{struck} of {kills} kills: {chaotic.sentence(outcome)}", highlight=False, soft_wrap=True)
+
+        outcomes = chaotic.soak(trial, kills, seed=seed, each=each, note=note)
+    found = chaotic.summary(trial, outcomes)
+    if as_json:
+        print_json(found)
+    else:
+        chaotic.show(found, console)
+    if not found["ok"]:
         raise typer.Exit(1)
 
 

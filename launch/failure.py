@@ -1,8 +1,10 @@
 """Why a job failed: one readable cause out of what the ranks and their agent left behind.
 
-The ranks write ERRORS/rank_R.json ({"rank", "time", "kind", "message", "traceback"}; kind "peer" means that this rank
-only noticed another one's death), each node's agent writes ERRORS/agent.json or agent_N.json (who ended first, and by
-which signal), and a node that does not get as far as its ranks ERRORS/node_N.json ({"time", "kind", "message"}).
+The ranks write ERRORS/rank_R.json ({"rank", "time", "at", "kind", "message", "traceback"}; kind "peer" means that this
+rank only noticed that others had died, or hang: then "hung" lists those that hang), each node's agent writes
+ERRORS/agent.json or agent_N.json (who ended first, and by which signal), and a node that does not get as far as its
+ranks ERRORS/node_N.json ({"time", "at", "kind", "message"}). What came first on one node is decided by "at", seconds on
+its monotonic clock: "time" may jump. Between nodes there is "time" alone.
 """
 
 import json
@@ -35,7 +37,7 @@ _LIKELY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """kind: user | nan | internal | signal | launch | interrupted."""
+    """kind: user | nan | memory | hang | internal | signal | launch | interrupted."""
 
     kind: str
     message: str  # for people; may have several lines
@@ -53,6 +55,8 @@ def clear(job: Job) -> None:
     for pattern in ("rank_*.json", "agent*.json", "node_*.json"):
         for path in job.errors.glob(pattern):
             path.unlink(missing_ok=True)
+    for folder in job.errors.glob("attempt_*"):
+        shutil.rmtree(folder)
 
 
 def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
@@ -64,14 +68,19 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
     agents = _read_all(job, "agent*.json")
     reports = _read_all(job, "rank_*.json")
     own = {r.get("rank"): r for r in reports if r.get("kind") != "peer"}
-    causes: list[tuple[float, Failure]] = [(r.get("time", 0.0), _of_report(job, r)) for r in own.values()]
-    causes += [(node["time"], _of_node(node)) for node in _read_all(job, "node_*.json")]
+    clock = "at" if job.nodes == 1 else "time"
+    causes: list[tuple[float, Failure]] = [(r.get(clock, 0.0), _of_report(job, r)) for r in own.values()]
+    causes += [(node[clock], _of_node(node)) for node in _read_all(job, "node_*.json")]
     failures = [ended for agent in agents for ended in agent["failures"]]
     for ended in failures:
         if ended["signal"] and ended["rank"] not in own:
-            causes.append((ended["time"] - _NOTICE_SECONDS, _of_signal(job, ended, oom_kills)))
+            causes.append((ended[clock] - _NOTICE_SECONDS, _of_signal(job, ended, oom_kills)))
     if causes:
         return min(causes, key=lambda cause: cause[0])[1]
+    seen_to_hang = [r for r in reports if r.get("hung")]
+    if seen_to_hang:  # the hung ranks were frozen: they have nothing to say, and the agent killed them after the others
+        said = min(seen_to_hang, key=lambda r: r.get(clock, 0.0))
+        return Failure(kind="hang", message=said["message"], rank=said["hung"][0], details=job.errors)
     if shutil.disk_usage(job.run_dir).free < _FULL_BYTES:
         message = f"the disk of {job.run_dir} is full; make room, or set run.dir to another one"
         return Failure(kind="user", message=message, exit_code=2)
@@ -96,7 +105,7 @@ def _of_report(job: Job, report: dict[str, Any]) -> Failure:
     message = str(report.get("message", "")).strip() or "no message"
     if kind == "user":
         return Failure(kind=kind, message=message, rank=rank, exit_code=2)
-    if kind != "nan":  # whose message says which rank it was, or it was all of them
+    if kind not in ("nan", "hang"):  # whose message says which rank it was, or it was all of them
         message = f"rank {rank} failed: {message}"
     return Failure(kind=kind, message=message, rank=rank, details=job.errors / f"rank_{rank}.json")
 
@@ -107,12 +116,16 @@ def _of_node(node: dict[str, Any]) -> Failure:
 
 def _of_signal(job: Job, ended: dict[str, Any], oom_kills: int) -> Failure:
     rank, name = ended["rank"], ended["signal"]
+    where = f" {ended['where']}" if ended.get("where") else ""
+    if ended.get("hung"):
+        message = f"rank {rank} made no progress{where} and was killed"
+        return Failure(kind="hang", message=message, rank=rank, details=job.logs)
     likely = _LIKELY.get(name, "see the log")
     if name == "SIGKILL" and oom_kills:
         likely = "memory ran out (the kernel counts an out-of-memory kill); use smaller tables, batches or fewer ranks"
     log = job.logs / f"rank_{rank}.err"
     last = "" if name in ("SIGKILL", "SIGTERM") else _last_lines(_text(log))
-    message = f"rank {rank} was killed by {name}: {likely}" + (f"\n{last}" if last else "")
+    message = f"rank {rank} was killed by {name}{where}: {likely}" + (f"\n{last}" if last else "")
     return Failure(kind="signal", message=message, rank=rank, details=log if _text(log) else job.logs)
 
 

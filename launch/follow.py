@@ -1,7 +1,9 @@
 """Run a job to its end: submit it, show how it goes, stop it on Ctrl-C, and say why when it fails."""
 
 import json
+import os
 import re
+import shutil
 import time
 from collections import deque
 from pathlib import Path
@@ -26,6 +28,8 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
     failure.clear(job)
     for old in job.logs.glob("rank_*.*"):
         old.unlink()
+    for old in job.logs.glob("attempt_*"):
+        shutil.rmtree(old)
     job.write()
     kills = machine.oom_kills()
     events = Lines(job.run_dir / "metrics.jsonl", from_end=True)
@@ -75,11 +79,16 @@ class Lines:
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self._path = path
         self._at = path.stat().st_size if from_end and path.exists() else 0
+        self._file: int | None = None  # inode: after a restart of the ranks it is another file
         self._rest = b""
 
     def new(self) -> list[str]:
         try:
             with open(self._path, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if self._file not in (None, inode):
+                    self._at, self._rest = 0, b""
+                self._file = inode
                 file.seek(self._at)
                 data = file.read()
         except FileNotFoundError:

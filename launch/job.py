@@ -66,6 +66,7 @@ class Job:
     place: Place = Place()
     detached: bool = False  # goes on when the process that submits it has ended
     config: str | None = None  # TOML that the first node writes into the run folder, which nobody else can reach
+    max_restarts: int = 0  # of all ranks, after a failure
 
     @property
     def file(self) -> Path:
@@ -96,6 +97,7 @@ class Job:
             *("--logs", str(self.logs)),
             *("--errors", str(self.errors)),
             *("--grace", str(self.grace)),
+            *("--max-restarts", str(self.max_restarts)),
         ]
 
     def node_args(self, *, node_rank: str, head: str, run_id: str, port: int | str = PORT) -> list[str]:
@@ -130,6 +132,7 @@ def make(
     env: Mapping[str, str] | None = None,
     config: str | None = None,
     detached: bool = False,
+    max_restarts: int = 0,
 ) -> Job:
     """A job with its threads and environment filled in.
 
@@ -168,6 +171,7 @@ def make(
         place=place,
         config=config,
         detached=detached,
+        max_restarts=max_restarts,
     )
 
 

@@ -212,7 +212,7 @@ def _finish(args: argparse.Namespace, work: job.Job, ended: Failure, started: fl
 def note(work: job.Job, node_rank: int, kind: str, message: str) -> None:
     """errors/node_R.json, which launch/failure.py reads."""
     work.errors.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"time": time.time(), "kind": kind, "message": message}, indent=1)
+    text = json.dumps({"time": time.time(), "at": time.monotonic(), "kind": kind, "message": message}, indent=1)
     (work.errors / f"node_{node_rank}.json").write_text(text + "\n")
 
 

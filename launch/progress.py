@@ -168,6 +168,8 @@ def lasting_line(event: Event) -> tuple[str, str]:
         figures += [f"log loss {event['logloss']:.4f}"] if event.get("logloss") is not None else []
         size = f"({event.get('rows', 0):,} rows, {event.get('seconds', 0):.1f} s)"
         return f"  {event.get('split', 'eval'):7} step {event.get('step', 0):>6}  {'  '.join(figures)}  {size}", "cyan"
+    if kind == "restart":
+        return f"  restart {event.get('number')} of {event.get('of')}: {event.get('message', '')}", "yellow"
     if kind == "message":
         if event.get("level") == "warning":
             return f"  warning: {event.get('text', '')}", "yellow"

@@ -78,11 +78,15 @@ def report(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def close(run_dir: Path, *, name: str, world_size: int, started: float, failure: Failure) -> None:
+def close(
+    run_dir: Path, *, name: str, world_size: int, started: float, failure: Failure, began: float | None = None
+) -> None:
     """Write how a training run ended early into report.json, metrics.jsonl and report.html.
 
     The cause found over all ranks stands above what one of them thought: a rank that was stopped because another one
-    failed has noted that it was interrupted. UserError when the files cannot be written.
+    failed has noted that it was interrupted. started: unix seconds; began: the same on the monotonic clock,
+    of this process, without which a clock that was set meanwhile shows in the event's seconds.
+    UserError when the files cannot be written.
     """
     found = report(run_dir)
     by_rank = failure.kind == "interrupted" and found.get("status") == "interrupted"  # it has written it down itself
@@ -98,14 +102,15 @@ def close(run_dir: Path, *, name: str, world_size: int, started: float, failure:
             "world_size": found.get("world_size", world_size),
         }
         reports.write_json(run_dir, found)
-    _log_end(run_dir, status=found["status"], seconds=time.time() - started)
+    seconds = time.time() - started if began is None else time.monotonic() - began
+    append_event(run_dir, "end", status=found["status"], seconds=seconds)
     reports.write_html(run_dir)
 
 
-def _log_end(run_dir: Path, *, status: str, seconds: float) -> None:
-    """Add the event "end" to metrics.jsonl (trainer/runlog.py); UserError when it cannot be written."""
+def append_event(run_dir: Path, name: str, /, **values: Any) -> None:
+    """Add an event to metrics.jsonl (trainer/runlog.py) while no rank writes there; UserError when that fails."""
     path = run_dir / "metrics.jsonl"
-    event = {"event": "end", "time": time.time(), "status": status, "seconds": seconds}
+    event = {"event": name, "time": time.time(), **values}
     try:
         with open(path, "ab+") as file:
             if file.tell():

@@ -231,7 +231,9 @@ class Plan(Frozen):
 class Run(Frozen):
     dir: Path = Path("runs")
     tensorboard: bool = False
-    timeout_seconds: Positive = 300  # a collective that takes longer ends the run
+    timeout_seconds: Positive = 300  # a collective, or the first calls of anything, that take longer end the run
+    hang_seconds: int = Field(default=60, ge=0)  # the same for a rank that makes no progress later on; 0: never
+    max_restarts: int = Field(default=0, ge=0)  # of all ranks from the newest valid checkpoint, after a failure
     grace_seconds: Positive = 60  # from a signal to stop until the ranks are killed: to save in
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.errors import UserError
+from trainer import pulse
 from trainer.data.parquet import Reader
 from trainer.metrics import Metrics
 from trainer.world import World
@@ -33,6 +34,7 @@ def evaluate(
     world: World,
     max_rows: int | None = None,
     stopping: Callable[[], bool] | None = None,
+    step: int = 0,
 ) -> dict:
     """Metrics over all rows of the reader's split, or, rounded up to a batch, over `max_rows` of them: the first of
     every stream.
@@ -40,6 +42,7 @@ def evaluate(
     Every rank reads the same number of batches, the last ones padded with weight-0 rows, so no rank waits for one
     that has ended. Returns the dict of `Metrics.compute` with `seconds`, the same on all ranks.
     stopping: asked on every rank after each batch; raises Stopping when it says so.
+    step: how far training is, for the board of trainer/pulse.py.
     """
     started = time.perf_counter()
     steps = reader.steps_per_epoch
@@ -51,6 +54,7 @@ def evaluate(
     batches = reader.batches(epoch=0)
     try:
         for _ in range(steps):
+            pulse.mark("eval", step)
             batch = next(batches).to(world.device, non_blocking=True)
             _, logits_BT = model(batch)
             metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
@@ -115,6 +119,7 @@ def _write_parts(
     batches = reader.batches(epoch=0)
     try:
         for batch in batches:
+            pulse.mark("eval", 0)
             _, logits_BT = model(batch.to(world.device, non_blocking=True))
             labels_BT = batch.labels_BT if labelled else None
             columns = _columns(batch.row_B, labels_BT, torch.sigmoid(logits_BT.float()).cpu())

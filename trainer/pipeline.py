@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from sharding.parallelize import average_buffers
+from trainer import pulse
 from trainer.config import Schedule
 from trainer.data.batch import Batch
 from trainer.optim.base import TABLES, clip_grad_norm, set_factor
 
 PHASES = ("data_wait", "forward", "backward", "optimizer", "other")
 CHECK_EVERY_ON_GPU = 50  # steps; a look at the loss makes the host wait for the device
+
+PULSE = {"data_wait": "data", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}
 
 Result = tuple[Tensor, Tensor, Batch]
 
@@ -116,6 +119,7 @@ class Pipeline:
         pass
 
     def _timed(self, phase: str, call: Callable[..., Any], *args: Any) -> Any:
+        pulse.mark(PULSE[phase], self.step_number + 1)
         started = time.perf_counter()
         try:
             with torch.profiler.record_function(f"phase: {phase}"):

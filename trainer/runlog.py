@@ -9,6 +9,7 @@ Every event has "event" and "time" (unix seconds); the kinds and their keys:
     eval        step, split, auc, auc_error_bound, ne, logloss, calibration, rows, seconds, final
     checkpoint  step, path, bytes, seconds (to write it), pause_seconds (the steps stood still), background, delta
     resume      step, path, passed_over: the run goes on after this step; what was logged of later ones is void
+    restart     number, of, rank, kind, message: the ranks failed and are started again (written by their agent)
     message     level (info, warning), text
     end         status (finished, failed, interrupted), seconds
 """

@@ -5,12 +5,15 @@ evaluate_run, predict_run                  a trained run again, on any dataset w
 """
 
 import contextlib
+import random
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,7 +23,7 @@ from kernels.interaction import DotInteraction
 from sharding.compute_kernel import kernels_of
 from sharding.parallelize import parallelize
 from sharding.plan import plan_task
-from trainer import report
+from trainer import pulse, report, restarts
 from trainer.checkpoint import lock
 from trainer.checkpoint.restore import place_of
 from trainer.checkpoint.session import Progress, Session, Stopped, restored
@@ -37,6 +40,7 @@ from trainer.planning import cluster_of, constraints_of, limits_of, on_meta, wor
 from trainer.precision import Precision
 from trainer.precision import choose as choose_precision
 from trainer.profile import Profile
+from trainer.rowlog import RowLog
 from trainer.runlog import RunLog
 from trainer.tables import ResolvedTables
 from trainer.task import TrainTask
@@ -144,12 +148,19 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
 
 
 def train(
-    config: Config, run_dir: Path, world: World, *, resume: str | None = None, profiled: bool = False
+    config: Config,
+    run_dir: Path,
+    world: World,
+    *,
+    resume: str | None = None,
+    profiled: bool = False,
+    rows: str | None = None,
 ) -> dict[str, Any]:
     """Train to the end and evaluate; the run folder is then as docs/architecture.md lists it. Returns the report.
 
     profiled: trace a few steps (trainer/profile.py).
     resume: go on from a checkpoint: "auto" for the run's newest valid one, or a checkpoint's path.
+    rows: a folder in which every step's rows are written down (trainer/rowlog.py).
     Raises Stopped when a signal has stopped the run and it is saved.
     """
     log = None
@@ -158,7 +169,7 @@ def train(
         log = RunLog(run_dir, enabled=world.is_first, tensorboard=config.run.tensorboard)
         if note:
             log.event("message", level="warning", text=note)
-        return _train(config, run_dir, world, log, resume=resume, profiled=profiled)
+        return _train(config, run_dir, world, log, resume=resume, profiled=profiled, rows=rows)
     finally:
         if log is not None:
             log.close()
@@ -167,9 +178,17 @@ def train(
 
 
 def _train(
-    config: Config, run_dir: Path, world: World, log: RunLog, *, resume: str | None, profiled: bool
+    config: Config,
+    run_dir: Path,
+    world: World,
+    log: RunLog,
+    *,
+    resume: str | None,
+    profiled: bool,
+    rows: str | None,
 ) -> dict[str, Any]:
-    started = time.time()
+    started, began = time.time(), time.monotonic()
+    _seed(config.seed, world.rank)
     log.event("phase", name="building")
     dataset = open_dataset(config.data.path, config.data.features)
     _check_labels(dataset, "training")
@@ -220,6 +239,7 @@ def _train(
         clip=config.optim.clip_grad_norm,
         first_step=start.step,
     )
+    row_log = RowLog(Path(rows), world.rank) if rows else None
     progress, evaluated = start, None
     session.agreement.listen()
 
@@ -249,6 +269,9 @@ def _train(
             train_seconds = start.train_seconds + total.seconds
             progress = Progress(step=step, samples=samples, train_seconds=train_seconds)
 
+            if row_log is not None:
+                row_log.add(step, batch.row_B)
+            pulse.mark("logging", step)
             if step % config.train.log_every == 0 or step == steps_total:
                 _log_train(log, built, step, samples, reader.steps_per_epoch, window, window_metrics, window_loss)
             if during_reader and step % config.eval.every == 0 and step < steps_total:
@@ -272,6 +295,7 @@ def _train(
                 )
     except Stopping:
         raise _stopped(run_dir, result, session, progress) from None
+    pulse.mark("finishing", steps_total)
     result |= {
         "status": "finished",
         "finished": time.time(),
@@ -283,8 +307,9 @@ def _train(
         "memory": _memory(world),
         "checkpoints": session.saver.totals.as_json(),
         "resumed": session.resumed,
+        "restarts": restarts.read(run_dir),
     }
-    log.event("end", status="finished", seconds=time.time() - started)
+    log.event("end", status="finished", seconds=time.monotonic() - began)
     if world.is_first:
         report.write_json(run_dir, result)
         report.write_html(run_dir)
@@ -385,6 +410,14 @@ def _check_columns(trained_on: Dataset, like: Path, other: Dataset, folder: Path
         )
 
 
+def _seed(seed: int, rank: int) -> None:
+    """Begin the generators that a model may draw from (dropout): each rank its own, the same in every run."""
+    number = zlib.crc32(f"{seed}/{rank}".encode())
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
 def _endless(reader: Reader, first_step: int) -> Iterator[Batch]:
     """The reader's epochs one after the other, so that the pipeline does not run dry between them; from a step on."""
     epoch, step = divmod(first_step, reader.steps_per_epoch)
@@ -444,7 +477,15 @@ def _log_eval(
     final_one: bool = False,
 ) -> dict[str, Any]:
     log.event("phase", name="evaluating")
-    figures = evaluate(built.model, reader, metrics, world=built.world, max_rows=max_rows, stopping=session.stopping)
+    figures = evaluate(
+        built.model,
+        reader,
+        metrics,
+        world=built.world,
+        max_rows=max_rows,
+        stopping=session.stopping,
+        step=step,
+    )
     shown = {k: v for k, v in figures.items() if k not in ("tasks", "calibration_bins")}
     log.event("eval", step=step, split=split, final=final_one, **shown)
     log.event("phase", name="training")

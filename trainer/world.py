@@ -43,16 +43,20 @@ class World:
             device=device,
         )
 
-    def connect(self, timeout_seconds: int) -> None:
+    def connect(self, timeout_seconds: int) -> dist.Store:
         """Join the process group: NCCL for GPUs (with gloo beside it for CPU tensors), gloo otherwise.
 
-        timeout_seconds: how long a collective may take before the run ends with an error.
+        timeout_seconds: how long a collective may take before the run ends with an error. Returns the ranks' store.
         """
         backend = "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
+        limit = timedelta(seconds=timeout_seconds)
         if "RANK" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store, rank, size = dist.HashStore(), 0, 1
         else:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        return store

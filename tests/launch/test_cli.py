@@ -51,7 +51,7 @@ def config(tmp_path):
 def test_help_names_every_command(command):
     code, out, _ = command("--help")
     assert code == 0
-    for name in ("prepare", "train", "eval", "predict", "report", "doctor", "bench"):
+    for name in ("prepare", "train", "eval", "predict", "report", "doctor", "chaos", "bench"):
         assert re.search(rf"\b{name}\b", out)
 
 

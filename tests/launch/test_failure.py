@@ -10,10 +10,15 @@ def left_behind(run_dir, *, ranks=(), agent=None, logs=None):
     work.errors.mkdir()
     work.logs.mkdir(parents=True)
     for rank, time, kind, message in ranks:
-        text = json.dumps({"rank": rank, "time": time, "kind": kind, "message": message, "traceback": "..."})
+        # The wall clock runs backwards here: it may be set at any time, and decides nothing.
+        report = {"rank": rank, "time": -time, "at": time, "kind": kind, "message": message, "traceback": "..."}
+        text = json.dumps(report | ({"hung": [1]} if "hangs" in message and kind == "peer" else {}))
         (work.errors / f"rank_{rank}.json").write_text(text)
     if agent is not None:
-        ended = [{"rank": r, "exit_code": c, "signal": s, "time": t} for r, c, s, t in agent]
+        ended = [
+            {"rank": r, "exit_code": c, "signal": s, "time": -t, "at": t, "where": "in data of step 3 (2 completed)"}
+            for r, c, s, t in agent
+        ]
         (work.errors / "agent.json").write_text(json.dumps({"time": 0, "stopped_by": None, "failures": ended}))
     for rank, text in (logs or {}).items():
         (work.logs / f"rank_{rank}.err").write_text(text)
@@ -46,6 +51,13 @@ def test_an_error_of_before_comes_before_the_killed_rank(tmp_path):
     assert (found.message, found.exit_code) == ("no such column", 2)
 
 
+def test_a_frozen_rank_is_named_by_those_that_waited_for_it(tmp_path):
+    ranks = [(0, 30.0, "peer", "rank 1 hangs: no progress for 60 s, in data of step 3 (2 completed)")]
+    found = failure.explain(left_behind(tmp_path, ranks=ranks, agent=[(0, 1, None, 30.2)]))
+    assert (found.kind, found.rank) == ("hang", 1)
+    assert found.message == ranks[0][3]
+
+
 def test_out_of_memory_is_named_when_the_kernel_counted_it(tmp_path):
     work = left_behind(tmp_path, agent=[(1, -9, "SIGKILL", 20.0)])
     assert "memory ran out" in failure.explain(work, oom_kills=1).message
@@ -56,7 +68,7 @@ def test_a_crash_in_native_code_shows_its_last_words(tmp_path):
     logs = {1: "hello\nterminate called: bad size\nFatal Python error: Aborted\n\nThread 0x1:\n  File x\n"}
     found = failure.explain(left_behind(tmp_path, agent=[(1, -6, "SIGABRT", 20.0)], logs=logs))
     assert found.message.splitlines() == [
-        "rank 1 was killed by SIGABRT: native code gave up",
+        "rank 1 was killed by SIGABRT in data of step 3 (2 completed): native code gave up",
         "hello",
         "terminate called: bad size",
     ]

@@ -41,7 +41,7 @@ def test_close_completes_a_report_that_the_ranks_left_running(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"status": "running", "steps": 7, "name": "a"}))
     (tmp_path / "metrics.jsonl").write_text('{"event": "train", "time": 1.0, "step": 7}\n{"event": "tr')
     ended = Failure(kind="signal", message="rank 1 was killed", rank=1)
-    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=ended)
+    rundir.close(tmp_path, name="a", world_size=2, started=1.0, began=1.0, failure=ended)
     report = rundir.report(tmp_path)
     assert (report["status"], report["steps"], report["world_size"]) == ("failed", 7, 2)
     assert report["error"] == {"rank": 1, "kind": "signal", "message": "rank 1 was killed"}
@@ -53,12 +53,14 @@ def test_close_completes_a_report_that_the_ranks_left_running(tmp_path):
 
 def test_the_cause_stands_above_what_a_stopped_rank_wrote(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted", "name": "a"}))
-    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=Failure(kind="internal", message="x"))
+    rundir.close(
+        tmp_path, name="a", world_size=2, started=1.0, began=1.0, failure=Failure(kind="internal", message="x")
+    )
     assert rundir.report(tmp_path)["status"] == "failed"
 
 
 def test_an_interrupted_run_keeps_what_its_ranks_wrote(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"status": "interrupted", "name": "a", "steps": 3}))
     ended = Failure(kind="interrupted", message="stopped by Ctrl-C")
-    rundir.close(tmp_path, name="a", world_size=2, started=1.0, failure=ended)
+    rundir.close(tmp_path, name="a", world_size=2, started=1.0, began=1.0, failure=ended)
     assert rundir.report(tmp_path) == {"status": "interrupted", "name": "a", "steps": 3}

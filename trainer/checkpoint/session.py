@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer import config as configs
+from trainer import pulse
 from trainer.checkpoint import restore, state
 from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
 from trainer.checkpoint.files import Files
@@ -141,6 +142,7 @@ class Session:
         if must and self._last_saved == progress.step and f"step_{progress.step}" in self._names():
             return
         self.log.event("phase", name="saving")
+        pulse.mark("save", progress.step)
         built = self.built
         parts = state.parts_of(built.model, built.optimizer)
         parts += state.own_parts(built.model, built.world.rank, self.metrics)
