@@ -178,6 +178,9 @@ class Checkpoint(Frozen):
 
     every_steps: Positive | None = None
     every_minutes: float | None = Field(default=None, gt=0)
+    deltas: int = Field(
+        default=0, ge=0
+    )  # 0: every one is full; n: rows touched since the last, n before they are merged
     keep: Positive = 2  # the newest ones that stay
     keep_every: Positive | None = None  # and those whose step is a multiple of this
     background: bool = True  # the step stops for a copy into host memory only, which takes as much as the state

@@ -221,7 +221,7 @@ def _train(
     window_metrics, eval_metrics = built.metrics(bits=WINDOW_BITS), built.metrics()
     during_reader = built.eval_reader(during) if during and config.eval.every else None
     final_reader = built.eval_reader(final) if final else None
-    window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank
+    window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank's share
     sums = {"window": window_metrics.sums, "window_loss": window_loss}
     session = Session(built, run_dir, log, steps_per_epoch=reader.steps_per_epoch, metrics=sums)
     start = session.resume(resume) if resume else Progress()
@@ -258,7 +258,7 @@ def _train(
                 profile.before_step()
             tick = time.perf_counter()
             loss, logits_BT, batch = pipeline.step(batches)
-            window_loss += loss
+            window_loss.add_(loss, alpha=1 / world.size)
             window_metrics.update(logits_BT, batch.labels_BT, batch.weight_B)
             seconds, samples = time.perf_counter() - tick, progress.samples + batch.rows_in_step
             if profile:
@@ -453,7 +453,7 @@ def _log_train(
         epoch=(step - 1) // steps_per_epoch,
         step=step,
         samples=samples,
-        loss=loss_sum.item() / (steps * built.world.size),
+        loss=loss_sum.item() / steps,
         **{key: figures[key] for key in ("ne", "auc", "calibration")},
         lr_factor=built.config.optim.schedule.factor(step - 1),
         samples_per_second=summary["samples_per_second"],

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import torch
 
 from trainer import config as configs
-from trainer.checkpoint import restore, state
+from trainer.checkpoint import restore
 from trainer.checkpoint import session as sessions
-from trainer.checkpoint.files import Files
-from trainer.checkpoint.manifest import read
+from trainer.checkpoint.chain import open_chain
 from trainer.trainer import train
 from trainer.world import World
 
@@ -92,11 +91,12 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {e["step"]: e["loss"] for e in events if e["event"] == "train"}
 
 
+def run_as_text(run_dir: Path) -> str:
+    return (run_dir / "metrics.jsonl").read_text()
+
+
 def tensors(run_dir: Path, name: str | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint (the newest one) but the ranks' own."""
     place = restore.place_of(run_dir, None)
-    files = restore.newest(place) if name is None else Files(place, name, read(place, name))
-    return {n: files.read(n) for n in files.manifest.tensors if not n.startswith("ranks/")}
-
-
-__all__ = ["losses", "run", "state", "tensors", "write_config", "write_data"]
+    chain = restore.newest(place) if name is None else open_chain(place, name)
+    return {n: chain.read(n) for n in chain.tensors if not n.startswith("ranks/")}

@@ -1,10 +1,16 @@
 """Stopped and continued runs beside uninterrupted ones, in real ranks."""
 
+import json
+import os
+import shutil
+
 import pytest
 import torch
 
+from kernels.errors import UserError
 from tests.ranks import run_ranks
 from tests.trainer import runs
+from trainer.checkpoint import lock
 
 OPTIMS = {
     "sgd": ({"kind": "sgd", "lr": 0.3}, {"kind": "sgd", "lr": 0.05, "momentum": 0.9}),
@@ -47,3 +53,144 @@ def assert_equal(whole, cut):
     assert expected.keys() == found.keys()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different
+
+
+def resume_and_report(run_dir, *changes):
+    """Go on to the end with the config changed by text replacements."""
+    path = run_dir / "config.toml"
+    if int(torch.distributed.get_rank()) == 0:
+        text = path.read_text()
+        for old, new in changes:
+            assert old in text, old
+            text = text.replace(old, new)
+        path.write_text(text)
+    torch.distributed.barrier()
+    return runs.run(run_dir, resume="auto")
+
+
+def stop_at(run_dir, step):
+    return runs.run(run_dir, stop_after=step)
+
+
+COLUMNS = ('sharding = "row_wise"', 'sharding = "column_wise"')
+REPLICATED = ('sharding = "data_parallel"', 'sharding = "table_wise"')
+
+
+@pytest.mark.parametrize(
+    ("optim", "before", "after", "changes"),
+    [
+        ("rowwise_adagrad", 2, 1, ()),
+        ("rowwise_adagrad", 1, 4, ()),
+        ("rowwise_adagrad", 2, 2, (REPLICATED, ('embedding_bag = "auto"', 'embedding_bag = "fbgemm"'))),
+        ("adam", 4, 2, (REPLICATED, COLUMNS)),
+        ("adagrad", 2, 1, (('sharding = "data_parallel"', 'sharding = "row_wise"'),)),
+    ],
+)
+def test_another_world_size_plan_and_kernel(data, tmp_path, optim, before, after, changes):
+    """The same samples in the same order: every loss and weight is that of the uninterrupted run, to 1e-5."""
+    sparse, dense = OPTIMS[optim]
+    sections = {
+        "optim": {"sparse": sparse, "dense": dense},
+        "train": {"batch_size": 64, "max_steps": 60, "log_every": 1},
+    }
+    whole = runs.write_config(data, tmp_path / "whole", **sections)
+    cut = runs.write_config(data, tmp_path / "cut", **sections)
+    run_ranks(runs.run, before, whole)
+    run_ranks(stop_at, before, cut, 8)
+    reports = run_ranks(resume_and_report, after, cut, *changes)
+    assert reports[0]["samples_seen"] == 4 * runs.ROWS
+    assert reports[0]["resumed"]["world_size"] == before
+    expected, found = runs.losses(whole), runs.losses(cut)
+    assert len(found) == 60 and found == pytest.approx(expected, abs=1e-5)
+    ours, theirs = runs.tensors(cut), runs.tensors(whole)
+    for name in theirs:
+        if name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4, msg=name)
+    assert {n for n in theirs if n.endswith("weight")} <= set(ours)
+
+
+def test_row_states_follow_other_column_parts(data, tmp_path):
+    """One number per row and column part: two of a table that is cut become their mean, which becomes two again."""
+    run_dir = runs.write_config(data, tmp_path / "a", tables={"override": [{"match": "b", "sharding": "column_wise"}]})
+    run_ranks(stop_at, 2, run_dir, 6)
+    halves = runs.tensors(run_dir)
+    a, b = halves["tables/b/sum:0-4"], halves["tables/b/sum:4-8"]
+    assert not torch.equal(a, b)
+    run_ranks(resume_and_stop, 1, run_dir, COLUMNS[::-1])
+    one = runs.tensors(run_dir)["tables/b/sum:0-8"]
+    torch.testing.assert_close(one, (a + b) / 2, rtol=1e-6, atol=0)
+    run_ranks(resume_and_stop, 2, run_dir, COLUMNS)
+    again = runs.tensors(run_dir)
+    assert torch.equal(again["tables/b/sum:0-4"], one) and torch.equal(again["tables/b/sum:4-8"], one)
+
+
+def resume_and_stop(run_dir, *changes):
+    """Load, and save what was loaded under the same step."""
+    from trainer.checkpoint.session import Session
+
+    resume = Session.resume
+
+    def and_save(self, where):
+        progress = resume(self, where)
+        self._last_saved = None
+        self.finish(progress)
+        raise StopIteration
+
+    Session.resume = and_save
+    try:
+        resume_and_report(run_dir, *changes)
+    except StopIteration:
+        pass
+    finally:
+        Session.resume = resume
+
+
+def refused(run_dir, *changes):
+    try:
+        resume_and_report(run_dir, *changes)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("seed = 1", "seed = 2"), ["seed: 1 -> 2"]),
+        (("batch_size = 64", "batch_size = 32"), ["train.batch_size: 64 -> 32"]),
+        (("dim = 8", "dim = 12"), ["tables.dim: 8 -> 12"]),
+        (("d = 120", "d = 130"), ["data.features.categorical.d: 120 -> 130", "fingerprint"]),
+        (('kind = "rowwise_adagrad"', 'kind = "adagrad"'), ["optim.sparse.kind: 'rowwise_adagrad' -> 'adagrad'"]),
+    ],
+)
+def test_a_config_that_means_something_else_is_refused(data, stopped, tmp_path, change, words):
+    shutil.copytree(stopped, tmp_path / "run")
+    for message in run_ranks(refused, 1, tmp_path / "run", change):
+        for word in [*words, "step_3 cannot be continued with this config"]:
+            assert word in message
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    run_dir = runs.write_config(data, tmp_path_factory.mktemp("stopped") / "run")
+    run_ranks(stop_at, 2, run_dir, 2)  # two ranks agree a step later
+    return run_dir
+
+
+def test_what_may_differ_is_reported(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    change = ("max_steps = 28", "max_steps = 5")
+    (report,) = run_ranks(resume_and_report, 1, tmp_path / "run", change)
+    assert report["resumed"]["changed"] == ["train.max_steps: 28 -> 5"] and report["steps"] == 5
+    assert runs.run_as_text(tmp_path / "run").count("changed since: train.max_steps: 28 -> 5") == 1
+
+
+def test_a_run_on_a_locked_folder_is_refused(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    holder = lock._self() | {"pid": os.getppid(), "start": lock._start_of(os.getppid())}
+    (tmp_path / "run" / "LOCK").write_text(json.dumps(holder))
+    (message,) = run_ranks(refused, 1, tmp_path / "run")
+    assert f"process {os.getppid()}" in message and "another run is writing here" in message
+    (tmp_path / "run" / "LOCK").write_text(json.dumps(holder | {"start": "1"}))
+    (report,) = run_ranks(resume_and_report, 1, tmp_path / "run", ("max_steps = 28", "max_steps = 4"))
+    assert report["status"] == "finished" and not (tmp_path / "run" / "LOCK").exists()
+    assert "that process has ended" in runs.run_as_text(tmp_path / "run")

@@ -1,6 +1,7 @@
 """`manifest.json`: what a checkpoint holds.  A checkpoint without a whole manifest does not exist.
 
-    {"format": "tablemesh-checkpoint", "version": 1, "kind": "full" | "delta", "parent": null | "step_20",
+    {"format": "tablemesh-checkpoint", "version": 1, "id": text,
+     "kind": "full" | "delta", "parent": null | {"name", "id"} of what a delta is to,
      "position": {...}, "config": TOML text, "values": {...},
      "files": {"rank_0.0.bin": bytes, ...},
      "tensors": {name: {"dtype", "size", "table": name or null,
@@ -9,10 +10,15 @@
 
 A chunk is a box of the tensor, stored row by row (little-endian) at byte `at` of its file; `hashes` are the xxh3_128 of
 its pieces of `piece_rows` rows each, the last one shorter.  The chunks tile the files: no byte is without a hash.
+
+A delta holds everything as a full checkpoint does, but of the tables that are updated in the backward only the rows
+that were touched since its parent: tables/TABLE/delta:ROW-COLUMN/rows (U,) and, for the part of the table that begins at ROW
+and COLUMN, .../weight (U, columns) and .../STATE.  chain.py reads both together.
 """
 
 import json
 import math
+import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -107,8 +113,8 @@ class Manifest:
     files: dict[str, int]
     tensors: dict[str, Entry]
     kind: str = "full"
-    parent: str | None = None
-    parent_hash: str | None = None
+    parent: dict[str, str] | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # stays when a delta is made full (compacted)
     hash: str = field(default="", compare=False)
 
     @property

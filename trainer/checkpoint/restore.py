@@ -8,9 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from kernels.errors import UserError
-from trainer.checkpoint import manifest as manifests
+from trainer.checkpoint.chain import Chain, open_chain
 from trainer.checkpoint.compare import differences
-from trainer.checkpoint.files import Files
 from trainer.checkpoint.manifest import Damaged, Manifest
 from trainer.checkpoint.place import Place, step_of
 from trainer.config import Config
@@ -33,28 +32,28 @@ def split(path: str) -> tuple[Place, str]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """files: of the checkpoint; None to start from the beginning.  passed_over: newer ones, and why not they."""
+    """chain: the checkpoint; None to start from the beginning.  passed_over: newer ones, and why not they."""
 
-    files: Files | None
+    chain: Chain | None
     passed_over: tuple[str, ...] = ()
 
 
-def newest(place: Place) -> Files:
+def newest(place: Place) -> Chain:
     """The newest checkpoint with a whole manifest, on this process alone; UserError when there is none."""
     reasons = []
     for name in reversed(place.names()):
         try:
-            return Files(place, name, manifests.read(place, name))
+            return open_chain(place, name)
         except Damaged as damage:
             reasons.append(str(damage))
     more = ":\n" + "\n".join(reasons) if reasons else "; train the run first"
     raise UserError(f"{place}: no whole checkpoint{more}")
 
 
-def resume(where: str, place: Place, load: Callable[[Files], None], check: Callable[[Manifest], None]) -> Chosen:
+def resume(where: str, place: Place, load: Callable[[Chain], None], check: Callable[[Manifest], None]) -> Chosen:
     """Load the checkpoint that `where` asks for, all ranks together: "auto" for the newest valid one, or its path.
 
-    load(files): raises Damaged, on all ranks alike.  check(manifest): raises UserError for one that does not fit.
+    load(chain): raises Damaged on some ranks.  check(manifest): raises UserError for one that does not fit.
     With "auto" a damaged checkpoint is passed over for the one before it; where there is none at all the run starts
     from the beginning, and where all are damaged UserError is raised.  A path that is damaged is an error.
     """
@@ -62,18 +61,18 @@ def resume(where: str, place: Place, load: Callable[[Files], None], check: Calla
         place, name = split(where)
         if not place.sizes(name):
             raise UserError(f"{where}: no such checkpoint; there are {', '.join(place.names()) or 'none'} in {place}")
-        files = Files(place, name, manifests.read(place, name))
-        check(files.manifest)
-        load(files)
-        return Chosen(files)
+        chain = _from_first(lambda: open_chain(place, name))
+        check(chain.manifest)
+        _together(lambda: load(chain))
+        return Chosen(chain)
     passed: list[str] = []
     names = _from_first(place.names)
     for name in reversed(names):
         try:
-            files = Files(place, name, _from_first(lambda name=name: manifests.read(place, name)))
-            check(files.manifest)
-            load(files)
-            return Chosen(files, tuple(passed))
+            chain = _from_first(lambda name=name: open_chain(place, name))
+            check(chain.manifest)
+            _together(lambda chain=chain: load(chain))
+            return Chosen(chain, tuple(passed))
         except Damaged as damage:
             passed.append(f"{name}: {damage}")
     if names:
@@ -97,6 +96,20 @@ def _from_first(call: Callable[[], Any]) -> Any:
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]
+
+
+def _together(call: Callable[[], None]) -> None:
+    """call() on all ranks; what the first failing one raises is raised on all, so that they go on alike."""
+    error = None
+    try:
+        call()
+    except UserError as raised:
+        error = raised
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
 
 
 def set_aside_after(place: Place, step: int) -> list[str]:

@@ -10,6 +10,7 @@ A periodic save that fails (a full disk, a file system that is gone) is a warnin
 before it stay.  One that the run ends with raises.
 """
 
+import contextlib
 import errno
 import threading
 import time
@@ -22,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from kernels.errors import UserError
-from trainer.checkpoint import storage
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint import chain, storage
+from trainer.checkpoint.manifest import Damaged, Manifest
 from trainer.checkpoint.place import Place, step_of
 from trainer.checkpoint.storage import Part
 from trainer.config import Checkpoint
@@ -61,16 +62,26 @@ class Saver:
         return bool(self.config.every_steps) and step % self.config.every_steps == 0
 
     def save(
-        self, parts: Sequence[Part], manifest: Callable[[dict, dict], Manifest], *, step: int, must: bool = False
+        self,
+        parts: Sequence[Part],
+        manifest: Callable[[dict, dict], Manifest],
+        *,
+        step: int,
+        must: bool = False,
+        compact: bool = False,
+        done: Callable[..., None] | None = None,
     ) -> None:
         """Save; all ranks together.
 
         manifest(files, tensors): what describes the checkpoint, called on rank 0 when the files are written.
         must: write at once, straight from the run's tensors, and raise UserError when that fails.
+        compact: it is a delta; make it full afterwards, from what is on the disk.
+        done(manifest or None, ok=..., compacted=...): called on every rank, on the main thread, when it is known how
+            the save went, and before another one begins.
         """
-        self.wait()
         started = time.perf_counter()
-        save = _Save(parts, manifest, f"step_{step}")
+        self.wait()
+        save = _Save(parts, manifest, f"step_{step}", compact=compact, done=done)
         if must or not self.config.background:
             self._write(save)
             save.pause_seconds = time.perf_counter() - started
@@ -98,6 +109,9 @@ class Saver:
         staged = []
         with torch.no_grad():
             for part in parts:
+                if part.copied:
+                    staged.append(part)
+                    continue
                 key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
                 if key not in self._buffers:
                     pinned = part.tensor.device.type == "cuda"
@@ -113,6 +127,8 @@ class Saver:
         try:
             self._check_space(save)
             save.manifest = storage.write(save.parts, self.place, save.name, save.about, group=self._group)
+            if save.compact and not self.place.url:
+                self._compact(save)
             if self.world.is_first:
                 self._prune()
         except Exception as error:  # for `_note`, on the main thread
@@ -133,11 +149,32 @@ class Saver:
                 f"in {self.place}; make room, keep fewer (checkpoint.keep), or set checkpoint.dir to another disk"
             )
 
+    def _compact(self, save: "_Save") -> None:
+        """Make the delta that was just written full, on all ranks; it stays a delta when that fails."""
+        try:
+            whole = chain.open_chain(self.place, save.name)
+            parts = whole.lazy_parts(share=(self.world.rank, self.world.size))
+            self._check_space(_Save(parts, save.about, save.name))
+
+            def about(files: dict, tensors: dict) -> Manifest:
+                return replace(whole.manifest, kind="full", parent=None, files=files, tensors=tensors)
+
+            storage.write(parts, self.place, save.name, about, group=self._group)
+            save.compacted = True
+        except (OSError, UserError, RuntimeError) as error:
+            save.warning = f"{self.place.path(save.name)}: could not be merged with what it is a delta to: {error}"
+
     def _prune(self) -> None:
+        """Remove what need not stay; what a delta that stays belongs to does, too."""
         names = self.place.names()
         every = self.config.keep_every
-        for name in names[: -self.config.keep]:
-            if not (every and step_of(name) % every == 0):
+        stay = [name for name in names[:-1] if every and step_of(name) % every == 0] + names[-self.config.keep :]
+        needed = set(stay)
+        for name in stay:
+            with contextlib.suppress(Damaged):
+                needed |= {member for member, _ in chain.members(self.place, name)}
+        for name in reversed(names):
+            if name not in needed:
                 self.place.remove(name)
 
     def _note(self, save: "_Save", *, raising: bool) -> None:
@@ -145,6 +182,10 @@ class Saver:
         background = save.thread is not None
         self.totals.pause_seconds += save.pause_seconds
         self.totals.background_seconds += save.seconds if background else 0.0
+        if save.done is not None:
+            save.done(save.manifest, ok=save.error is None, compacted=save.compacted)
+        if save.warning is not None:
+            self.log.event("message", level="warning", text=save.warning)
         if save.error is None:
             self.totals.saved += 1
             if save.manifest is not None:
@@ -157,6 +198,7 @@ class Saver:
                     seconds=save.seconds,
                     pause_seconds=save.pause_seconds,
                     background=background,
+                    compacted=save.compacted,
                     bytes=save.manifest.bytes,
                 )
             return
@@ -190,6 +232,10 @@ class _Save:
     thread: threading.Thread | None = None
     manifest: Manifest | None = None
     error: Exception | None = None
+    compact: bool = False
+    compacted: bool = False
+    warning: str | None = None
+    done: Callable[..., None] | None = None
     pause_seconds: float = 0.0
     seconds: float = 0.0
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharding.touched import Touched
 from trainer import config as configs
 from trainer import pulse
 from trainer.checkpoint import restore, state
 from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
-from trainer.checkpoint.files import Files
+from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.manifest import Manifest, Position
 from trainer.checkpoint.saver import Saver
 from trainer.runlog import RunLog
@@ -59,6 +60,9 @@ class Session:
         self.resumed: dict[str, Any] | None = None  # for report.json
         self._wanted = NOTHING
         self._last_saved: int | None = None  # step
+        self._touched = Touched(built.model.module) if config.checkpoint.deltas else None
+        self._parent: dict[str, str] | None = None  # of the next delta: known on rank 0; None until a full one is there
+        self._deltas = -1  # since the last full one of this process; -1 where it has written none
 
     def resume(self, where: str) -> Progress:
         """Load what `where` names ("auto", or a checkpoint's path); says what it took and what it passed over."""
@@ -71,21 +75,25 @@ class Session:
                 manifest, saved, self.built.config, fingerprint, where=f"step_{manifest.position.step}"
             )
 
-        def load(files: Files) -> None:
-            state.load(self.built.model, self.built.optimizer, files)
+        world = self.built.world
+        exact = True
+
+        def load(chain: Chain) -> None:
+            nonlocal exact
+            state.load(self.built.model, self.built.optimizer, chain)
+            exact = state.load_own(self.built.model, world.rank, world.size, self.metrics, chain)
 
         chosen = restore.resume(where, self.place, load, check)
         for reason in chosen.passed_over:
             self.log.event("message", level="warning", text=f"passed over {reason}")
-        if chosen.files is None:
+        if chosen.chain is None:
             self.log.event("message", level="info", text=f"no checkpoint in {self.place}: starting from the beginning")
             return Progress()
-        manifest, world = chosen.files.manifest, self.built.world
+        manifest, path = chosen.chain.manifest, chosen.chain.path
         position = manifest.position
-        if where == restore.AUTO or chosen.files.place.where == self.place.where:
+        if where == restore.AUTO or path == self.place.path(chosen.chain.name):
             self._set_aside(position.step)
-        exact = state.load_own(self.built.model, world.rank, world.size, self.metrics, chosen.files)
-        texts = [f"going on from {chosen.files.place.path(chosen.files.name)}, after {position.step} steps"]
+        texts = [f"going on from {path}, after {position.step} steps"]
         if not exact:
             texts.append(
                 f"it was written by {position.world_size} ranks, these are {world.size}: the same samples in the same "
@@ -94,7 +102,6 @@ class Session:
         texts += [f"changed since: {text}" for text in harmless]
         for text in texts:
             self.log.event("message", level="info", text=text)
-        path = chosen.files.place.path(chosen.files.name)
         self.log.event("resume", step=position.step, path=path, passed_over=list(chosen.passed_over))
         self.resumed = {
             "step": position.step,
@@ -130,13 +137,13 @@ class Session:
         return False
 
     def finish(self, progress: Progress) -> None:
-        """The checkpoint of the end of the training, whole on the disk when this returns."""
-        self._save(progress, must=True)
+        """The checkpoint of the end of the training: a full one, and on the disk when this returns."""
+        self._save(progress, must=True, whole=True)
 
     def stopped(self, step: int) -> Stopped:
         return Stopped(step, self.agreement.stopped_by or "a signal to another rank")
 
-    def _save(self, progress: Progress, *, must: bool) -> None:
+    def _save(self, progress: Progress, *, must: bool, whole: bool = False) -> None:
         self._wanted = min(self._wanted, NOTHING) if self._wanted == SAVE else self._wanted
         self.saver.wait()
         if must and self._last_saved == progress.step and f"step_{progress.step}" in self._names():
@@ -144,9 +151,29 @@ class Session:
         self.log.event("phase", name="saving")
         pulse.mark("save", progress.step)
         built = self.built
-        parts = state.parts_of(built.model, built.optimizer)
+        rows = self._touched.take() if self._touched else None
+        # A delta only to what this very process has written, so that both have one plan; and the last one is full.
+        delta = rows is not None and self._deltas >= 0 and not whole
+        if self.place.url and self._deltas >= built.config.checkpoint.deltas:
+            delta = False  # nothing there can be replaced in one move, so deltas are not merged
+        parts = state.parts_of(built.model, built.optimizer, fused=not delta)
         parts += state.own_parts(built.model, built.world.rank, self.metrics)
-        self.saver.save(parts, self._manifest(progress), step=progress.step, must=must)
+        if delta:
+            assert rows is not None
+            parts += state.delta_parts(built.model, rows)
+
+        def done(manifest: Manifest | None, *, ok: bool, compacted: bool) -> None:
+            if not ok:
+                if rows is not None and self._touched is not None:
+                    self._touched.give_back(rows)
+                return
+            self._deltas = 0 if compacted or not delta else self._deltas + 1
+            if manifest is not None:
+                self._parent = {"name": f"step_{progress.step}", "id": manifest.id}
+
+        compact = delta and not must and self._deltas + 1 >= self.built.config.checkpoint.deltas
+        about = self._manifest(progress, delta=delta)
+        self.saver.save(parts, about, step=progress.step, must=must, compact=compact, done=done)
         self._last_saved = progress.step
         self.agreement.saved()
         self.log.event("phase", name="training")
@@ -156,7 +183,7 @@ class Session:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0] or []
 
-    def _manifest(self, progress: Progress) -> Any:
+    def _manifest(self, progress: Progress, *, delta: bool) -> Any:
         built = self.built
         position = Position(
             step=progress.step,
@@ -168,12 +195,18 @@ class Session:
         )
         values = {"train_seconds": progress.train_seconds, "evaluated": progress.evaluated}
         return lambda files, tensors: Manifest(
-            position=position, config=built.config.to_toml(), values=values, files=files, tensors=tensors
+            position=position,
+            config=built.config.to_toml(),
+            values=values,
+            files=files,
+            tensors=tensors,
+            kind="delta" if delta else "full",
+            parent=self._parent if delta else None,
         )
 
 
 def restored(model: Any, place: Any) -> Position:
     """Fill a model's weights from the newest whole checkpoint, for evaluation and prediction."""
-    files = restore.newest(place)
-    state.load(model, None, files)
-    return files.manifest.position
+    chain = restore.newest(place)
+    state.load(model, None, chain)
+    return chain.manifest.position

@@ -13,6 +13,7 @@ import base64
 import json
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from kernels.errors import UserError
 from sharding.embeddings import stored_dim
 from sharding.plan import embeddings_of
 from sharding.table_state import WEIGHT, Held, held_parts, set_updates
-from trainer.checkpoint.files import Files
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.storage import Part, read_into, whole
+from sharding.touched import Key
+from trainer.checkpoint.chain import Chain
+from trainer.checkpoint.storage import Part, whole
 from trainer.optim.base import TABLES, table_of
 
 # States of optimizers in plain torch (trainer/optim, for data_parallel tables) under the names of the fused ones.
@@ -34,21 +35,23 @@ FUSED_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 EXTRA = "_extra_state"  # what torch names the result of a module's get_extra_state
 
 
-def parts_of(model: nn.Module, optimizer: Any | None) -> list[Part]:
+def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> list[Part]:
     """Everything that the ranks hold together.
 
     model: DistributedModelParallel over a TrainTask.  optimizer: what build_optimizer made; None leaves all states out.
+    fused: with the tables that are updated in the backward, of which a delta has rows alone.
     """
     physical = {table.name: table for table in embeddings_of(model.module).physical}
     sizes = {name: (table.rows, stored_dim(table.dim)) for name, table in physical.items()}
     parts = [_table_part(held, sizes[held.table]) for held in held_parts(model.module)]
     if optimizer is None:
         parts = [part for part in parts if part.name.endswith(f"/{WEIGHT}")]
-    fused = {part.table for part in parts}
+    in_backward = {part.table for part in parts}
+    parts = parts if fused else []
     for name, value in model.state_dict().items():
         if name.startswith(TABLES):
             table = table_of(name)
-            if table not in fused and not isinstance(value, ShardedTensor):
+            if table not in in_backward and not isinstance(value, ShardedTensor):
                 parts.append(_replicated(table, WEIGHT, value, sizes[table]))
             continue
         if isinstance(value, ShardedTensor):
@@ -74,6 +77,22 @@ def parts_of(model: nn.Module, optimizer: Any | None) -> list[Part]:
     return parts
 
 
+def delta_parts(model: nn.Module, touched: Mapping[Key, Tensor]) -> list[Part]:
+    """The touched rows of this rank's table parts, copied: their numbers, weights and states."""
+    found = []
+    for held in held_parts(model.module):
+        rows_U = touched[held.table, held.row, held.column]
+        if not len(rows_U):
+            continue
+        prefix = f"tables/{held.table}/delta:{held.row}-{held.column}"
+        tensors = {held.what: held.tensor.index_select(0, rows_U)}
+        if held.what == WEIGHT:
+            tensors["rows"] = rows_U + held.row
+        for what, tensor in tensors.items():
+            found.append(replace(whole(f"{prefix}/{what}", tensor.cpu()), table=held.table, copied=True))
+    return found
+
+
 def own_parts(model: nn.Module, rank: int, metrics: Mapping[str, Tensor]) -> list[Part]:
     """What is this rank's alone: statistics of its rows, its random number generators, its share of the metrics."""
     found = {f"buffers/{name}": buffer for name, buffer in _statistics(model).items()}
@@ -82,28 +101,28 @@ def own_parts(model: nn.Module, rank: int, metrics: Mapping[str, Tensor]) -> lis
     return [whole(f"ranks/{rank}/{name}", tensor) for name, tensor in found.items()]
 
 
-def load(model: nn.Module, optimizer: Any | None, files: Files) -> None:
+def load(model: nn.Module, optimizer: Any | None, chain: Chain) -> None:
     """Fill the model, and the optimizer where one is given, from a checkpoint of any world size, plan and kernel.
 
     All ranks together.  The ranks' statistics become their mean, which `load_own` replaces by each rank's own.
     Raises Damaged, or UserError for another model.
     """
-    manifest = files.manifest
+    manifest = chain.manifest
     if optimizer is not None:
-        _make_states(optimizer, manifest)
+        _make_states(optimizer, chain)
     parts = parts_of(model, optimizer)
-    _check_names(parts, manifest, with_optimizer=optimizer is not None)
+    _check_names(parts, chain, with_optimizer=optimizer is not None)
     extra = [part for part in parts if part.name.endswith(EXTRA)]
-    for part in extra:
-        module, _, _ = part.name.removeprefix("dense/").rpartition(".")
-        model.module.get_submodule(module).set_extra_state(_from_tensor(files.read(part.name)))
     with torch.no_grad():
-        direct, merge = _fit_row_states([part for part in parts if part not in extra], manifest)
-        read_into(direct, files)
+        direct, merge = _fit_row_states([part for part in parts if not part.name.endswith(EXTRA)], chain)
+        chain.load(direct)
         merge()
+        for part in extra:
+            module, _, _ = part.name.removeprefix("dense/").rpartition(".")
+            model.module.get_submodule(module).set_extra_state(_from_tensor(chain.read(part.name)))
         world = manifest.position.world_size
         for name, buffer in _statistics(model).items():
-            of_rank = [files.read(f"ranks/{rank}/buffers/{name}") for rank in range(world)]
+            of_rank = [chain.read(f"ranks/{rank}/buffers/{name}") for rank in range(world)]
             buffer.copy_(torch.stack(of_rank).mean(dim=0) if world > 1 else of_rank[0])
         if optimizer is not None:
             set_updates(model.module, manifest.position.step)
@@ -112,23 +131,23 @@ def load(model: nn.Module, optimizer: Any | None, files: Files) -> None:
                     value.fill_(manifest.position.step)
 
 
-def load_own(model: nn.Module, rank: int, world_size: int, metrics: Mapping[str, Tensor], files: Files) -> bool:
+def load_own(model: nn.Module, rank: int, world_size: int, metrics: Mapping[str, Tensor], chain: Chain) -> bool:
     """This rank's own part of a resumed run: as it was for an equal number of ranks, and then True.
 
     For another number the metrics' sums go to rank 0 (they are added over the ranks anyway), the statistics keep their
     mean and the random number generators stay as they start.
     """
-    written = files.manifest.position.world_size
+    written = chain.manifest.position.world_size
     with torch.no_grad():
         if written == world_size:
             for name, buffer in _statistics(model).items():
-                buffer.copy_(files.read(f"ranks/{rank}/buffers/{name}"))
+                buffer.copy_(chain.read(f"ranks/{rank}/buffers/{name}"))
             for name, tensor in metrics.items():
-                tensor.copy_(files.read(f"ranks/{rank}/metrics/{name}"))
-            set_rng_state(model, _from_tensor(files.read(f"ranks/{rank}/rng")))
+                tensor.copy_(chain.read(f"ranks/{rank}/metrics/{name}"))
+            set_rng_state(model, _from_tensor(chain.read(f"ranks/{rank}/rng")))
         elif rank == 0:
             for name, tensor in metrics.items():
-                tensor.copy_(sum(files.read(f"ranks/{r}/metrics/{name}") for r in range(written)))
+                tensor.copy_(sum(chain.read(f"ranks/{r}/metrics/{name}") for r in range(written)))
     return written == world_size
 
 
@@ -192,22 +211,22 @@ def _states(optimizer: Any) -> Iterable[tuple[str, str, Tensor]]:
                     yield name, state, value
 
 
-def _make_states(optimizer: Any, manifest: Manifest) -> None:
+def _make_states(optimizer: Any, chain: Chain) -> None:
     """Torch's optimizers make their state at the first step: have it made, to be filled.
 
     The step has zero gradients, and changes weights by their decay alone; they are loaded afterwards.
     """
-    if not any(name.startswith("optimizer/") for name in manifest.tensors):
+    if not any(name.startswith("optimizer/") for name in chain.tensors):
         return  # it was saved before the first step, or has none
     for _, part in optimizer.optimizers[1:]:
         part.init_state()
         part.zero_grad(set_to_none=True)
 
 
-def _check_names(parts: list[Part], manifest: Manifest, *, with_optimizer: bool) -> None:
+def _check_names(parts: list[Part], chain: Chain, *, with_optimizer: bool) -> None:
     kinds = ("dense/", "optimizer/") if with_optimizer else ("dense/",)
     ours = {part.name for part in parts if part.name.startswith(kinds)}
-    theirs = {name for name in manifest.tensors if name.startswith(kinds)}
+    theirs = {name for name in chain.tensors if name.startswith(kinds)}
     if ours != theirs:
         only = [f"{name} is in the checkpoint alone" for name in sorted(theirs - ours)]
         only += [f"{name} is in the model alone" for name in sorted(ours - theirs)]
@@ -215,24 +234,25 @@ def _check_names(parts: list[Part], manifest: Manifest, *, with_optimizer: bool)
         raise UserError(f"the checkpoint was written by another model or dense optimizer: {'; '.join(only[:3])}{more}")
 
 
-def _fit_row_states(parts: list[Part], manifest: Manifest) -> tuple[list[Part], Any]:
+def _fit_row_states(parts: list[Part], chain: Chain) -> tuple[list[Part], Any]:
     """Parts to read, and what to call afterwards, where a table is cut by other columns than when it was saved.
 
     A row has one number per column part, an average or a sum over averages of its columns (row-wise Adagrad's).  A part
     gets the mean of the numbers that its columns had, weighted by how many had them: 16 columns saved as 0-8: 1.0 and
     8-16: 3.0 become 0-16: 2.0, which is the number that the uncut row would have; 0-16: 2.0 becomes 2.0 and 2.0.
     """
+    tensors = chain.tensors
     direct: list[Part] = []
     shared: dict[tuple[str, int, int], Part] = {}
     merges: list[tuple[Tensor, list[tuple[float, Tensor]]]] = []
     for part in parts:
         base, colon, columns = part.name.rpartition(":")
-        if part.table is None or not colon or part.name in manifest.tensors:
+        if part.table is None or not colon or part.name in tensors:
             direct.append(part)
             continue
         first, end = map(int, columns.split("-"))
         sources = []
-        for name in manifest.tensors:
+        for name in tensors:
             if not name.startswith(f"{base}:"):
                 continue
             a, b = map(int, name.rpartition(":")[2].split("-"))

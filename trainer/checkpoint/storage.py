@@ -45,7 +45,8 @@ FILE_BYTES = 256 << 20  # a rank's file is closed once it is this large
 class Part:
     """name, size: of the global tensor.  offset: where this box begins in it.  table: whose it is, None for dense ones.
 
-    tensor: the box itself, updated in place by the run; what stands between (saver.py) may hold a copy instead.
+    tensor: the box itself, updated in place by the run.  copied: it is a copy already, which nobody updates.
+    make: called for the values when they are written, where `tensor` gives only their shape and dtype (on "meta").
     """
 
     name: str
@@ -53,6 +54,8 @@ class Part:
     offset: tuple[int, ...]
     tensor: Tensor
     table: str | None = None
+    copied: bool = False
+    make: Callable[[], Tensor] | None = None
 
     @property
     def index(self) -> MetadataIndex:
@@ -171,8 +174,8 @@ class _Writer(StorageWriter):
                 at = 0
                 while items and at < FILE_BYTES:
                     item = items.pop(0)
-                    tensor = planner.part(item).tensor.detach()
-                    tensor = tensor.to("cpu").contiguous()
+                    part = planner.part(item)
+                    tensor = (part.make() if part.make else part.tensor).detach().to("cpu").contiguous()
                     rows, hashes = write_tensor(out, tensor)
                     chunk = Chunk(
                         offset=tuple(item.index.offset or ()),
