@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from kernels.errors import UserError
 from launch import cli_jobs
+from launch import ckpt
 from trainer import quiet
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ bench = typer.Typer(help="Measure a part of tablemesh beside its baseline.", no_
 app.add_typer(bench, name="bench")
 for command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.cancel):
     app.command()(command)
+app.add_typer(ckpt.app, name="ckpt")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Nproc = Annotated[
@@ -517,6 +519,18 @@ def _bench_rmc(name: str, scale: float, as_json: bool) -> None:
     from benchmarks import rmc
 
     raise typer.Exit(rmc.main(name, scale=scale, json=as_json) or 0)
+
+
+@bench.command("ckpt")
+def bench_ckpt(
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure; default: the temporary folder.")] = None,
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="Size of the made-up model.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Saving and restoring beside a plain write and read of the same bytes; the step's pause; the size of a delta."""
+    from benchmarks import ckpt as bench_of_ckpt
+
+    raise typer.Exit(bench_of_ckpt.main(json=as_json, folder=folder, gigabytes=gigabytes) or 0)
 
 
 def print_error(message: str) -> None:

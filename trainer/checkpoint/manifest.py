@@ -12,8 +12,8 @@ A chunk is a box of the tensor, stored row by row (little-endian) at byte `at` o
 its pieces of `piece_rows` rows each, the last one shorter.  The chunks tile the files: no byte is without a hash.
 
 A delta holds everything as a full checkpoint does, but of the tables that are updated in the backward only the rows
-that were touched since its parent: tables/TABLE/delta:ROW-COLUMN/rows (U,) and, for the part of the table that begins at ROW
-and COLUMN, .../weight (U, columns) and .../STATE.  chain.py reads both together.
+that were touched since its parent: tables/TABLE/delta:ROW-COLUMN/rows (U,) and, for the part of the table that begins
+at ROW and COLUMN, .../weight (U, columns) and .../STATE.  chain.py reads both together.
 """
 
 import json

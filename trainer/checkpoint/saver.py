@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.errors import UserError
+from kernels.ops import blank
 from trainer.checkpoint import chain, storage
 from trainer.checkpoint.manifest import Damaged, Manifest
 from trainer.checkpoint.place import Place, step_of
@@ -114,12 +115,16 @@ class Saver:
                     continue
                 key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
                 if key not in self._buffers:
-                    pinned = part.tensor.device.type == "cuda"
-                    self._buffers[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
+                    self._buffers[key] = self._buffer(part.tensor)
                 staged.append(replace(part, tensor=self._buffers[key].copy_(part.tensor, non_blocking=True)))
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize(self.world.device)
         return staged
+
+    def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cuda":
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return blank(tensor.numel(), tensor.dtype, tensor.device).view(tensor.shape)
 
     def _write(self, save: "_Save") -> None:
         """On all ranks, in the background thread or in the main one."""
