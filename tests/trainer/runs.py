@@ -37,7 +37,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def write_config(data: Path, run_dir: Path, **sections: dict) -> Path:
+def write_config(data: Path, run_dir: Path, /, **sections: dict) -> Path:
     """A run folder with a config of 28 steps; `sections` change it, None takes a key away."""
     values = {
         "name": "t",

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from kernels.errors import UserError
 from kernels.ops import blank
+from sharding.snapshot import Snapshot
 from trainer.checkpoint import chain, storage
 from trainer.checkpoint.manifest import Damaged, Manifest
 from trainer.checkpoint.place import Place, step_of
@@ -71,12 +72,14 @@ class Saver:
         must: bool = False,
         compact: bool = False,
         done: Callable[..., None] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         """Save; all ranks together.
 
         manifest(files, tensors): what describes the checkpoint, called on rank 0 when the files are written.
         must: write at once, straight from the run's tensors, and raise UserError when that fails.
         compact: it is a delta; make it full afterwards, from what is on the disk.
+        snapshot: watches the parts that are `watched`: they are copied in the background too.
         done(manifest or None, ok=..., compacted=...): called on every rank, on the main thread, when it is known how
             the save went, and before another one begins.
         """
@@ -88,7 +91,12 @@ class Saver:
             save.pause_seconds = time.perf_counter() - started
             self._note(save, raising=must)
             return
-        save.parts = self._staged(parts)
+        save.snapshot = snapshot
+        if snapshot is not None:
+            snapshot.begin()
+        save.parts = [part if self._later(part, snapshot) else self._copy(part) for part in parts]
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         save.pause_seconds = time.perf_counter() - started
         save.thread = threading.Thread(target=self._write, args=(save,), name="tablemesh-checkpoint", daemon=True)
         self._running = save
@@ -105,21 +113,35 @@ class Saver:
             save.thread.join()
             self._note(save, raising=False)
 
-    def _staged(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts with copies in host memory, whose buffers are used again at the next save."""
-        staged = []
-        with torch.no_grad():
-            for part in parts:
-                if part.copied:
-                    staged.append(part)
-                    continue
-                key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
-                if key not in self._buffers:
-                    self._buffers[key] = self._buffer(part.tensor)
-                staged.append(replace(part, tensor=self._buffers[key].copy_(part.tensor, non_blocking=True)))
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize(self.world.device)
-        return staged
+    def _later(self, part: Part, snapshot: Snapshot | None) -> bool:
+        return snapshot is not None and part.watched and not part.copied
+
+    @torch.no_grad()
+    def _copy(self, part: Part) -> Part:
+        """The part with a copy in host memory, in a buffer that is used again at the next save."""
+        if part.copied:
+            return part
+        key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
+        if key not in self._buffers:
+            self._buffers[key] = self._buffer(part.tensor)
+        return replace(part, tensor=self._buffers[key].copy_(part.tensor, non_blocking=True), copied=True)
+
+    @torch.no_grad()
+    def _copy_watched(self, save: "_Save") -> None:
+        """In the background: copy the tables, then put back the rows that the steps have changed meanwhile."""
+        if save.snapshot is None:
+            return
+        later = {part.tensor.data_ptr(): i for i, part in enumerate(save.parts) if self._later(part, save.snapshot)}
+        try:
+            parts = [self._copy(part) if i in later.values() else part for i, part in enumerate(save.parts)]
+        finally:
+            kept = save.snapshot.end()
+        for tensor, rows_U, values in kept:
+            if tensor in later:
+                parts[later[tensor]].tensor.index_copy_(
+                    0, rows_U, values.view(-1, *parts[later[tensor]].tensor.shape[1:])
+                )
+        save.parts = parts
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cuda":
@@ -130,6 +152,7 @@ class Saver:
         """On all ranks, in the background thread or in the main one."""
         started = time.perf_counter()
         try:
+            self._copy_watched(save)
             self._check_space(save)
             save.manifest = storage.write(save.parts, self.place, save.name, save.about, group=self._group)
             if save.compact and not self.place.url:
@@ -238,6 +261,7 @@ class _Save:
     manifest: Manifest | None = None
     error: Exception | None = None
     compact: bool = False
+    snapshot: Snapshot | None = None
     compacted: bool = False
     warning: str | None = None
     done: Callable[..., None] | None = None

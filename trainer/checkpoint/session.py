@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharding.snapshot import Snapshot
+from sharding.table_state import fused_kernels
 from sharding.touched import Touched
 from trainer import config as configs
 from trainer import pulse
@@ -61,6 +63,9 @@ class Session:
         self._wanted = NOTHING
         self._last_saved: int | None = None  # step
         self._touched = Touched(built.model.module) if config.checkpoint.deltas else None
+        # On a GPU the copy to the host is made at once: a second stream would read what the step's writes.
+        watch = config.checkpoint.background and world.device.type == "cpu"
+        self._snapshot = Snapshot(fused_kernels(built.model.module)) if watch else None
         self._parent: dict[str, str] | None = None  # of the next delta: known on rank 0; None until a full one is there
         self._deltas = -1  # since the last full one of this process; -1 where it has written none
 
@@ -173,7 +178,9 @@ class Session:
 
         compact = delta and not must and self._deltas + 1 >= self.built.config.checkpoint.deltas
         about = self._manifest(progress, delta=delta)
-        self.saver.save(parts, about, step=progress.step, must=must, compact=compact, done=done)
+        self.saver.save(
+            parts, about, step=progress.step, must=must, compact=compact, done=done, snapshot=self._snapshot
+        )
         self._last_saved = progress.step
         self.agreement.saved()
         self.log.event("phase", name="training")

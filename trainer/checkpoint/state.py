@@ -43,7 +43,7 @@ def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> 
     """
     physical = {table.name: table for table in embeddings_of(model.module).physical}
     sizes = {name: (table.rows, stored_dim(table.dim)) for name, table in physical.items()}
-    parts = [_table_part(held, sizes[held.table]) for held in held_parts(model.module)]
+    parts = [replace(_table_part(held, sizes[held.table]), watched=True) for held in held_parts(model.module)]
     if optimizer is None:
         parts = [part for part in parts if part.name.endswith(f"/{WEIGHT}")]
     in_backward = {part.table for part in parts}

@@ -46,6 +46,7 @@ class Part:
     """name, size: of the global tensor.  offset: where this box begins in it.  table: whose it is, None for dense ones.
 
     tensor: the box itself, updated in place by the run.  copied: it is a copy already, which nobody updates.
+    watched: a Snapshot keeps what its rows hold, so that it may be copied while the steps go on.
     make: called for the values when they are written, where `tensor` gives only their shape and dtype (on "meta").
     """
 
@@ -55,6 +56,7 @@ class Part:
     tensor: Tensor
     table: str | None = None
     copied: bool = False
+    watched: bool = False
     make: Callable[[], Tensor] | None = None
 
     @property
