@@ -132,6 +132,9 @@ def train(
             "or from a checkpoint's path.",
         ),
     ] = None,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="RUN|PATH", help="A run or checkpoint whose weights a new run begins with.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")
     ] = None,
@@ -164,6 +167,8 @@ def train(
             raise UserError(f"--plan {plan_file}: no such file; `tablemesh plan {config} --out {plan_file}` writes one")
         overrides.append(f"plan.file={json.dumps(str(plan_file))}")
     overrides += [] if max_restarts is None else [f"run.max_restarts={max_restarts}"]
+    if init_from is not None:
+        overrides.append(f"checkpoint.init_from={json.dumps(_resume_from(init_from))}")
     run_dir = None
     if config.is_dir():
         run_dir = rundir.find(config)

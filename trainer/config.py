@@ -185,6 +185,8 @@ class Checkpoint(Frozen):
     keep_every: Positive | None = None  # and those whose step is a multiple of this
     background: bool = True  # the step stops for a copy into host memory only, which takes as much as the state
     dir: str | None = None  # a folder or a fsspec URL for DIR/NAME/step_N; default RUN/checkpoints
+    init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, by table and parameter name
+    init_rows: Literal["same", "grow", "cut", "any"] = "same"  # what may happen there to a table of other rows
 
 
 class Kernels(Frozen):

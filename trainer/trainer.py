@@ -224,7 +224,7 @@ def _train(
     window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank's share
     sums = {"window": window_metrics.sums, "window_loss": window_loss}
     session = Session(built, run_dir, log, steps_per_epoch=reader.steps_per_epoch, metrics=sums)
-    start = session.resume(resume) if resume else Progress()
+    start = session.begin(resume)
     if start.step > steps_total:
         raise UserError(
             f"the checkpoint was taken after {start.step} steps, but the config asks for {steps_total} in all "

@@ -195,10 +195,10 @@ def fail_on_the_last_rank(folder, log_dir):
     saver.wait()
     create = Place.create
 
-    def full(self, name, file):
+    def full(self, name, file, **options):
         if dist.get_rank() == dist.get_world_size() - 1:
             raise OSError(errno.ENOSPC, "No space left on device", file)
-        return create(self, name, file)
+        return create(self, name, file, **options)
 
     Place.create = full
     save(saver, 2)

@@ -80,7 +80,7 @@ def test_a_run_goes_on_from_a_delta_on_its_own_and_on_more_ranks(data, tmp_path)
 
     base = tmp_path / "damaged" / "checkpoints" / "step_4"
     path = max(base.glob("rank_*.bin"), key=lambda p: p.stat().st_size)
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))  # tables come last
     message = run_ranks(refused, 2, tmp_path / "damaged")[0]
     assert "all 4 checkpoints are damaged" in message and message.count("step_4/rank_") == 4
     shutil.rmtree(base)

@@ -155,7 +155,7 @@ def refused(run_dir, *changes):
 CHANGES = (
     (("seed = 1", "seed = 2"), ["seed: 1 -> 2"]),
     (("batch_size = 64", "batch_size = 32"), ["train.batch_size: 64 -> 32"]),
-    (("dim = 8", "dim = 12"), ["tables.dim: 8 -> 12"]),
+    (("top = [\n    16,", "top = [\n    12,"), ["model.top: [16, 1] -> [12, 1]"]),
     (("d = 120", "d = 130"), ["data.features.categorical.d: 120 -> 130", "fingerprint"]),
     (('kind = "rowwise_adagrad"', 'kind = "adagrad"'), ["optim.sparse.kind: 'rowwise_adagrad' -> 'adagrad'"]),
 )

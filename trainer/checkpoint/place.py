@@ -126,15 +126,28 @@ class Place:
             os.rename(self.path(entry), self.path(name))
 
     @contextmanager
-    def create(self, name: str, file: str) -> Iterator[Any]:
-        """A file of the checkpoint in the making: `write(bytes-like)`.  On the disk when the block ends."""
+    def create(self, name: str, file: str, *, sync: bool = True) -> Iterator[Any]:
+        """A file of the checkpoint in the making: `write(bytes-like)`.
+
+        On the disk when the block ends; with sync=False, once `sync` was called for it.
+        """
         if self.url:
             with self._fs.open(self.path(name, file), "wb") as stream:
                 yield stream
             return
         with open(self.path(name + PARTIAL, file), "wb", buffering=0) as stream:
             yield _Whole(stream)
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
+
+    def sync(self, name: str, file: str) -> None:
+        """Wait until a file of the checkpoint in the making is on the disk."""
+        if not self.url:
+            handle = os.open(self.path(name + PARTIAL, file), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def publish(self, name: str, manifest: bytes) -> None:
         """Write the manifest: from here on the checkpoint exists, and replaces one of the same name."""

@@ -1,10 +1,12 @@
-"""A training run's dealings with its checkpoints, on every rank: resume, save when it is time, stop when told to.
+"""A training run's dealings with its checkpoints, on every rank: begin, save when it is time, stop when told to.
 
-session = Session(built, run_dir, log, metrics=...)
-start = session.resume("auto")                step, samples, seconds to go on from; zeros for a new run
-for step in ...:
-    if session.after_step(step, ...): raise session.stopped(step)
-session.finish(step, ...)
+In this order, by trainer/trainer.py:
+
+    session = Session(built, run_dir, log, metrics=...)
+    start = session.begin("auto")                   step, samples, seconds to go on from; zeros for a new run
+    for step in ...:
+        if session.after_step(progress): raise session.stopped(step)
+    session.finish(progress)
 """
 
 import tomllib
@@ -22,6 +24,7 @@ from sharding.touched import Touched
 from trainer import config as configs
 from trainer import pulse
 from trainer.checkpoint import restore, state
+from trainer.checkpoint import restore, state, tools, transfer
 from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.manifest import Manifest, Position
@@ -68,6 +71,17 @@ class Session:
         self._snapshot = Snapshot(fused_kernels(built.model.module)) if watch else None
         self._parent: dict[str, str] | None = None  # of the next delta: known on rank 0; None until a full one is there
         self._deltas = -1  # since the last full one of this process; -1 where it has written none
+
+    def begin(self, resume: str | None) -> Progress:
+        """Where the run starts from: a checkpoint if it is resumed, or another run's weights if the config says so."""
+        progress = self.resume(resume) if resume else Progress()
+        source = self.built.config.checkpoint.init_from
+        if source is not None and self.resumed is None:
+            chain = tools.open_at(source)
+            self.log.event("message", level="info", text=f"beginning with the weights of {chain.path}")
+            for note in transfer.init_from(self.built.model, chain, rows=self.built.config.checkpoint.init_rows):
+                self.log.event("message", level="info", text=note)
+        return progress
 
     def resume(self, where: str) -> Progress:
         """Load what `where` names ("auto", or a checkpoint's path); says what it took and what it passed over."""

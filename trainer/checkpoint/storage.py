@@ -189,30 +189,37 @@ class _Writer(StorageWriter):
         items = sorted(plan.items, key=lambda item: (planner.part(item).table or "", item.index.fqn, item.index.offset))
         results: list[WriteResult] = []
         number = 0
-        while items:
-            file = f"rank_{plan.storage_data}.{number}.bin"
-            with self.place.create(self.name, file) as out:
-                at = 0
-                while items and at < FILE_BYTES:
-                    item = items.pop(0)
-                    part = planner.part(item)
-                    tensor = (part.make() if part.make else part.tensor).detach().to("cpu").contiguous()
-                    rows, hashes = write_tensor(out, tensor)
-                    chunk = Chunk(
-                        offset=tuple(item.index.offset or ()),
-                        size=tuple(tensor.shape),
-                        file=file,
-                        at=at,
-                        piece_rows=rows,
-                        hashes=tuple(hashes),
-                    )
-                    size = tensor.numel() * tensor.element_size()
-                    results.append(WriteResult(index=item.index, size_in_bytes=size, storage_data=chunk))
-                    at += size
-            number += 1
+        with ThreadPoolExecutor(1, thread_name_prefix="tablemesh-fsync") as syncing:  # a file while the next is written
+            synced = []
+            while items:
+                file = f"rank_{plan.storage_data}.{number}.bin"
+                with self.place.create(self.name, file, sync=False) as out:
+                    at = 0
+                    while items and at < FILE_BYTES:
+                        result = self._write_item(items.pop(0), planner, out, file, at)
+                        results.append(result)
+                        at += result.size_in_bytes
+                synced.append(syncing.submit(self.place.sync, self.name, file))
+                number += 1
+            for one in synced:
+                one.result()
         done: Future = Future()
         done.set_result(results)
         return done
+
+    def _write_item(self, item: WriteItem, planner: Any, out: Any, file: str, at: int) -> WriteResult:
+        part = planner.part(item)
+        tensor = (part.make() if part.make else part.tensor).detach().to("cpu").contiguous()
+        rows, hashes = write_tensor(out, tensor)
+        chunk = Chunk(
+            offset=tuple(item.index.offset or ()),
+            size=tuple(tensor.shape),
+            file=file,
+            at=at,
+            piece_rows=rows,
+            hashes=tuple(hashes),
+        )
+        return WriteResult(index=item.index, size_in_bytes=tensor.numel() * tensor.element_size(), storage_data=chunk)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, int] = {}
