@@ -116,18 +116,16 @@ def resume_auto(folder):
     """What `resume` takes and what it passes over; loading reads every byte."""
     place, loaded = Place(folder), []
 
-    def load(files):
+    def load(chain):
         parts = [p for name, shape in TABLES.items() for p in checkpoints.row_parts(name, torch.zeros(shape))]
-        from trainer.checkpoint.storage import read_into
-
-        read_into(parts, files)
+        chain.load(parts)
         loaded.append([part.tensor for part in parts])
 
     try:
         chosen = restore.resume("auto", place, load, lambda manifest: None)
     except UserError as error:
         return str(error), ()
-    return chosen.files and chosen.files.name, chosen.passed_over
+    return chosen.chain and chosen.chain.name, chosen.passed_over
 
 
 def test_resume_passes_over_the_damaged_and_says_why(written, tmp_path):

@@ -10,7 +10,10 @@ import torch
 from kernels.errors import UserError
 from tests.ranks import run_ranks
 from tests.trainer import runs
-from trainer.checkpoint import lock
+from trainer import config as configs
+from trainer.checkpoint import lock, restore
+from trainer.checkpoint.chain import open_chain
+from trainer.checkpoint.place import Place
 
 OPTIMS = {
     "sgd": ({"kind": "sgd", "lr": 0.3}, {"kind": "sgd", "lr": 0.05, "momentum": 0.9}),
@@ -156,7 +159,7 @@ CHANGES = (
     (("seed = 1", "seed = 2"), ["seed: 1 -> 2"]),
     (("batch_size = 64", "batch_size = 32"), ["train.batch_size: 64 -> 32"]),
     (("top = [\n    16,", "top = [\n    12,"), ["model.top: [16, 1] -> [12, 1]"]),
-    (("d = 120", "d = 130"), ["data.features.categorical.d: 120 -> 130", "fingerprint"]),
+    (("d = 120", "d = 130"), ["data.features.categorical.d: 120 -> 130"]),
     (('kind = "rowwise_adagrad"', 'kind = "adagrad"'), ["optim.sparse.kind: 'rowwise_adagrad' -> 'adagrad'"]),
 )
 
@@ -175,6 +178,15 @@ def test_a_config_that_means_something_else_is_refused(stopped, tmp_path):
     for message, (_, words) in zip(messages, CHANGES, strict=True):
         for word in [*words, "step_3 cannot be continued with this config"]:
             assert word in message
+
+
+def test_other_data_is_refused(stopped):
+    manifest = open_chain(Place(stopped / "checkpoints"), "step_3").manifest
+    config = configs.load(stopped / "config.toml")
+    now = manifest.position.data_fingerprint
+    assert restore.check_same(manifest, config, config, now, where="step_3") == []
+    with pytest.raises(UserError, match=f"the data's fingerprint: {now} -> another"):
+        restore.check_same(manifest, config, config, "another", where="step_3")
 
 
 @pytest.fixture(scope="module")
