@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernels.errors import UserError
-from launch import cli_jobs
-from launch import ckpt
+from launch import ckpt, cli_jobs
 from trainer import quiet
 
 app = typer.Typer(
