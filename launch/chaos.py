@@ -303,8 +303,7 @@ def _compare_tensors(expected_dir: Path, found_dir: Path, config: Config, outcom
     expected, found = (restore.newest(restore.place_of(d, config.checkpoint.dir)) for d in (expected_dir, found_dir))
     # What belongs to a rank has no counterpart among other ranks.
     names = [
-        {name for name in files.manifest.tensors if not (tolerance and name.startswith("ranks/"))}
-        for files in (expected, found)
+        {name for name in files.tensors if not (tolerance and name.startswith("ranks/"))} for files in (expected, found)
     ]
     steps = [files.manifest.position.step for files in (expected, found)]
     if steps[0] != steps[1]:
