@@ -23,7 +23,6 @@ from sharding.table_state import fused_kernels
 from sharding.touched import Touched
 from trainer import config as configs
 from trainer import pulse
-from trainer.checkpoint import restore, state
 from trainer.checkpoint import restore, state, tools, transfer
 from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
 from trainer.checkpoint.chain import Chain
