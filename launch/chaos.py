@@ -255,7 +255,8 @@ def show(found: dict[str, Any], console: Any) -> None:
     """The summary for people."""
     for outcome in found["disturbed"]:
         for kill in outcome["kills"] if len(found["disturbed"]) == 1 else ():
-            console.print(f"SIG{kill['signal']} to rank {kill['rank']} in {kill['struck']}", highlight=False)
+            where = "{} of step {}".format(*kill["struck"].split()) if kill["struck"] else "nothing"
+            console.print(f"{kill['signal']} to rank {kill['rank']} in {where}", highlight=False)
     kills = f"{found['kills']} {'kill' if found['kills'] == 1 else 'kills'}"
     if not found["ok"]:
         console.print(f"[bold red]differs[/bold red] after {kills}: ", end="")

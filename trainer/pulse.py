@@ -3,7 +3,7 @@
     with Board.create(path, ranks) as board          the agent's, one row a rank, in a small file mapped by all
     start(board_file, index, ...)                    this process writes its row from now on
     mark("forward", step)                            the main thread goes on to this phase; about a microsecond
-    touch()                                          it is still in it, and getting on: a long save after each piece
+    touch("save")                                    it is still in it and gets on: a long save after each piece
     judge(seen) -> Verdict | None                    which ranks have died or hang
 
 All ranks make the same marks in the same order, since their work is the same; so whoever has made fewer marks than the
@@ -177,8 +177,9 @@ class Pulse:
     def done(self) -> None:
         self._write(DONE, self._cells[self._at + _STEP])
 
-    def touch(self) -> None:
-        self._cells[self._at + _SINCE] = time.monotonic_ns()
+    def touch(self, phase: str) -> None:
+        if self._phase == PHASES.index(phase):
+            self._cells[self._at + _SINCE] = time.monotonic_ns()
 
     def alive(self, *, waits: bool = False) -> None:
         self._cells[self._at + _WAITS] = waits
@@ -221,7 +222,7 @@ def mark(phase: str, step: int) -> None:
         _pulse.mark(phase, step)
 
 
-def touch() -> None:
-    """The phase goes on and gets on; for work of minutes in one phase. Any thread."""
+def touch(phase: str) -> None:
+    """Work of this phase gets on, though it takes minutes; nothing while the main thread is in another. Any thread."""
     if _pulse is not None:
-        _pulse.touch()
+        _pulse.touch(phase)

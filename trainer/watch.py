@@ -17,10 +17,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from trainer.pulse import SILENT_SECONDS, Pulse, Seen, Verdict, judge
 
+_OURS = str(Path(__file__).parent)
 LOOK_SECONDS = 0.25
 EXCHANGE_SECONDS = 1.0
 WARN_SHARE = 6  # a rank that others wait for is named on the screen after this part of its limit
@@ -77,14 +79,13 @@ class Watch(threading.Thread):
         return "".join(traceback.format_stack(frame)) if frame else ""
 
     def _waits(self) -> bool:
-        """The main thread stands in a collective, as far as Python's stack shows: a backward counts as one."""
+        """The main thread stands in a collective, as far as Python's stack shows: a backward counts as one.
+
+        Looked at are the frames inside the last one of ours, as TorchRec's pipeline calls us from its own.
+        """
         frame = sys._current_frames().get(self._main or 0)
-        for _ in range(6):
-            if frame is None:
-                return False
-            if "/distributed/" in frame.f_code.co_filename.replace("\\", "/"):
-                return True
-            if frame.f_code.co_name == "_engine_run_backward":
+        while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
+            if "/distributed/" in frame.f_code.co_filename or frame.f_code.co_name == "_engine_run_backward":
                 return True
             frame = frame.f_back
         return False

@@ -96,7 +96,9 @@ def test_limits_follow_progress(monkeypatch):
     assert [stay("eval", 100) for _ in range(pulse.FIRST_TIMES)] == [300] * pulse.FIRST_TIMES
     assert stay("eval", 1) == 300, "three times the 100 s that it took before"
     assert [stay("data", 1) for _ in range(5)][-1] == 60
-    own.touch()
+    own.touch("save")
+    assert own.board.seen()[0].age == 1, "the main thread is in another phase"
+    own.touch("data")
     assert own.board.seen()[0].age == 0
     own.set_limits(hang_seconds=0, first_seconds=300)
     assert stay("data", 1) == float("inf")
@@ -105,4 +107,4 @@ def test_limits_follow_progress(monkeypatch):
 def test_marks_without_a_pulse_do_nothing(monkeypatch):
     monkeypatch.setattr(pulse, "_pulse", None)
     pulse.mark("data", 1)
-    pulse.touch()
+    pulse.touch("data")

@@ -1,12 +1,18 @@
 """Hosts tell each other where their ranks are, without comparing clocks."""
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from kernels.errors import UserError
+from trainer.__main__ import _classify
 from trainer.pulse import SILENT_SECONDS, Board, Pulse, judge
 from trainer.watch import EXCHANGE_SECONDS, Hosts, Watch, end_in_words
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -71,3 +77,43 @@ def test_the_thread_ends_with_the_first_verdict_it_sees_twice(tmp_path):
     assert not mine
     assert verdict.message(end_in_words) == "rank 1 ended (SIGSEGV) in data of step 3 (2 completed)"
     assert "test_watch.py" in watch.stack()
+
+
+def test_a_rank_that_waits_is_told_from_one_that_works(monkeypatch):
+    def frames(*names):
+        """The innermost first."""
+        frame = None
+        for name in reversed(names):
+            file, _, function = name.partition(":")
+            code = type("Code", (), {"co_filename": file, "co_name": function})
+            frame = type("Frame", (), {"f_code": code, "f_back": frame})
+        return frame
+
+    watch = Watch(Pulse(Board.private(), 0, hang_seconds=1, first_seconds=1), rank=0, local_rank=0, on_verdict=print)
+    pipeline = ("/torchrec/distributed/train_pipeline.py:progress", f"{ROOT}/trainer/trainer.py:_train")
+    for innermost, waits in {
+        ("/torch/distributed/distributed_c10d.py:all_reduce", f"{ROOT}/trainer/metrics.py:all_reduce"): True,
+        ("/torch/autograd/graph.py:_engine_run_backward", f"{ROOT}/trainer/pipeline.py:_timed"): True,
+        (f"{ROOT}/trainer/pipeline.py:_timed",): False,
+        ("/threading.py:wait", f"{ROOT}/trainer/data/loader.py:result"): False,
+    }.items():
+        stack = frames(*innermost, *pipeline)
+        monkeypatch.setattr(sys, "_current_frames", lambda stack=stack: {watch._main: stack})
+        assert watch._waits() == waits, innermost
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "memory"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"), "peer"),
+        (RuntimeError("Timed out waiting 300000ms for recv operation to complete"), "timeout"),
+        (UserError("no such column"), "user"),
+        (FloatingPointError("loss is NaN at step 7"), "nan"),
+        (KeyError("x"), "internal"),
+    ],
+)
+def test_kinds_of_errors(error, kind):
+    assert _classify(error)[0] == kind

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from trainer import pulse
 from trainer.checkpoint.manifest import Chunk, Damaged, Entry, Manifest
 from trainer.checkpoint.place import Place
 
@@ -43,6 +44,7 @@ def write_tensor(out: Any, tensor: Tensor) -> tuple[int, list[str]]:
         piece = data[start : start + step]
         hashes.append(xxhash.xxh3_128_hexdigest(piece))
         out.write(piece)
+        pulse.touch("save")
     return rows, hashes
 
 
@@ -131,6 +133,7 @@ class Files:
         except OSError as error:
             reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error)
             raise Damaged(f"{path}: {what}: {reason}", file=chunk.file, table=entry.table) from error
+        pulse.touch("building")
         if xxhash.xxh3_128_hexdigest(into) != chunk.hashes[piece.number]:
             raise Damaged(
                 f"{path}: {what}: bytes {at} to {at + len(into) - 1} are not what was written (their hash differs)",

@@ -163,11 +163,11 @@ class Session:
 
     def _save(self, progress: Progress, *, must: bool, whole: bool = False) -> None:
         self._wanted = min(self._wanted, NOTHING) if self._wanted == SAVE else self._wanted
+        pulse.mark("save", progress.step)
         self.saver.wait()
         if must and self._last_saved == progress.step and f"step_{progress.step}" in self._names():
             return
         self.log.event("phase", name="saving")
-        pulse.mark("save", progress.step)
         built = self.built
         rows = self._touched.take() if self._touched else None
         # A delta only to what this very process has written, so that both have one plan; and the last one is full.
