@@ -2,7 +2,9 @@
 
 A made-up model of 8 tables of 64 columns with row-wise Adagrad's state, 2 GB together, on one rank.  Save and restore
 do all they do in a run: DCP's planning, hashing, fsync, manifest, verification.  The baselines write the bytes to one
-file in pieces of 16 MiB and fsync it, and read it back.  Before each read the page cache is told to forget the file.
+new file in pieces of 16 MiB, fsync it and put it in the old one's place, as a checkpoint replaces one of its step (fresh
+page cache costs more than the disk where a virtual machine has to be given it), and read it back.  Before each read the
+page cache is told to forget the file.
 The pause is what the training waits for when a save goes on in the background, as in a run: tables are copied beside
 the steps (the rows that these keep meanwhile are not counted here); its baseline is a save that copies nothing.  The
 last row is the size of a delta after 1% of the rows were touched, beside the full one's.
@@ -57,12 +59,13 @@ def measure(work: Path, gigabytes: float) -> list[Row]:
         storage.write(parts, place, "step_1", about)
 
     def plain_write() -> None:
-        with open(plain, "wb", buffering=0) as file:
+        with open(work / "new", "wb", buffering=0) as file:
             for part in parts:
                 data = bytes_of(part.tensor)
                 for at in range(0, len(data), PIECE):
                     file.write(data[at : at + PIECE])
             os.fsync(file.fileno())
+        os.replace(work / "new", plain)
 
     saves = paired(save, plain_write, pairs=PAIRS)
     manifest = open_chain(place, "step_1").manifest
