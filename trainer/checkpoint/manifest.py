@@ -148,8 +148,11 @@ def read(place: Place, name: str) -> Manifest:
     if found.pop("format") != FORMAT or found["version"] > VERSION:
         raise UserError(f"{path}: version {found['version']}, this tablemesh reads up to {VERSION}; upgrade tablemesh")
     del found["version"]
-    tensors = {name: _entry(entry) for name, entry in found.pop("tensors").items()}
-    return Manifest(**found | {"tensors": tensors, "position": Position(**found["position"])})
+    try:
+        tensors = {name: _entry(entry) for name, entry in found.pop("tensors").items()}
+        return Manifest(**found | {"tensors": tensors, "position": Position(**found["position"])})
+    except (TypeError, KeyError) as error:  # whole, as its hash is right
+        raise UserError(f"{path}: of another tablemesh, which wrote other keys ({error}); read it with that") from error
 
 
 def _entry(found: dict[str, Any]) -> Entry:
