@@ -3,8 +3,8 @@
 A made-up model of 8 tables of 64 columns with row-wise Adagrad's state, 2 GB together, on one rank.  Save and restore
 do all they do in a run: DCP's planning, hashing, fsync, manifest, verification.  The baselines write the bytes to one
 new file in pieces of 16 MiB, fsync it and put it in the old one's place, as a checkpoint replaces one of its step
-(fresh page cache costs more than the disk where a virtual machine has to be given it), and read it back.  Before each read the
-page cache is told to forget the file.
+(fresh page cache costs more than the disk where a virtual machine has to be given it), and read it back.  Before each
+read the page cache is told to forget the file.
 The pause is what the training waits for when a save goes on in the background, as in a run: tables are copied beside
 the steps (the rows that these keep meanwhile are not counted here); its baseline is a save that copies nothing.  The
 last row is the size of a delta after 1% of the rows were touched, beside the full one's.
