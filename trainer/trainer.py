@@ -63,7 +63,7 @@ class Built:
     precision: Precision
     world: World
 
-    def reader(self, split: str, *, batch_size: int, shuffle: bool) -> Reader:
+    def reader(self, split: str, *, batch_size: int, shuffle: bool, any_label: bool = False) -> Reader:
         data = self.config.data
         return Reader(
             self.folder,
@@ -79,13 +79,15 @@ class Built:
             rows_by_feature=self.tables.rows,
             id_policy=self.tables.policy,
             table_by_feature={f: t.name for t in self.tables.tables for f in t.features},
+            any_label=any_label,
             threads=data.threads,
             prefetch=data.prefetch,
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def eval_reader(self, split: str) -> Reader:
-        return self.reader(split, batch_size=self.config.eval.batch_size or self.config.train.batch_size, shuffle=False)
+    def eval_reader(self, split: str, *, any_label: bool = False) -> Reader:
+        batch_size = self.config.eval.batch_size or self.config.train.batch_size
+        return self.reader(split, batch_size=batch_size, shuffle=False, any_label=any_label)
 
     def metrics(self, *, bits: int = BITS) -> Metrics:
         return Metrics(self.dataset.labels, self.world.device, bits=bits)
@@ -338,7 +340,7 @@ def predict_run(config: Config, run_dir: Path, world: World, *, dataset: str, sp
     split = split or _last_split(config, built.dataset)
     figures = predict(
         built.model,
-        built.eval_reader(split),
+        built.eval_reader(split, any_label=True),
         out,
         tasks=built.dataset.labels,
         streams=config.data.streams,

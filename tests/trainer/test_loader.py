@@ -99,6 +99,31 @@ def test_dropping_the_iterator_stops_the_threads():
     assert not loader_threads()
 
 
+def test_an_iterator_that_a_thread_of_its_own_finds_dropped():
+    """A cycle of references is collected in whichever thread allocates; others may wait for that thread's work."""
+    dropped = threading.Event()
+
+    class Collecting(Numbers):
+        def read(self, row_group: int) -> Columns:
+            if row_group == 7:
+                assert dropped.wait(30)
+                gc.collect()
+            return super().read(row_group)
+
+    gc.disable()
+    try:
+        cycle = [batches := loader(Collecting((100,) * 20), threads=3, streams=1)]
+        cycle.append(cycle)
+        del batches, cycle
+        dropped.set()
+        deadline = time.monotonic() + 30
+        while loader_threads() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        gc.enable()
+    assert not loader_threads()
+
+
 def test_an_error_in_a_thread_is_raised_where_the_batch_is_asked_for():
     batches = loader(Numbers((30, 40, 50), fail_at=1))
     with pytest.raises(UserError, match="file f, row group 1, row 3: column 'x' is nan"):

@@ -244,6 +244,9 @@ def test_row_groups_are_counted_in_their_file_and_tables_named(tmp_path):
         ("age", [1.0, None, None], r"row 1: column 'age' has no value here (2 such rows"),
         ("click", [0.0, 1.0, float("nan")], "row 2: column 'click' is nan"),
         ("click", [None, 1, 0], "row 0: column 'click' has no value"),
+        ("click", [0.0, 1.5, 2.0], "row 1: label 'click' is 1.5 (2 such rows here); loss and metrics need"),
+        ("buy", [-0.0, 1.0, -1.0], "row 2: label 'buy' is -1 (1 such"),
+        ("buy", [0, 1, 2], "row 2: label 'buy' is 2 (1 such"),
         ("weight", [1.0, float("inf"), 1.0], "row 1: column 'weight' is inf"),
         ("weight", [1.0, 1.0, -0.5], "row 2: weight 'weight' is -0.5; weights must be at least 0"),
     ],
@@ -255,6 +258,18 @@ def test_numbers_that_cannot_be_used_are_named(tmp_path, column, values, message
     with pytest.raises(UserError) as found:
         all_batches(reader(folder, dataset_from_folder(folder, FEATURES), shuffle=False))
     assert f"part-000.parquet, row group 0, {message}" in str(found.value)
+
+
+def test_labels_from_0_to_1_and_any_where_nothing_is_learned_from_them(tmp_path):
+    labels = [-0.0, 0.25, 1.0]
+    one = table(3).set_column(1, "click", pa.array(labels))
+    dataset = dataset_from_folder(write(tmp_path, [one]), FEATURES)
+    options = {"shuffle": False, "streams": 1, "batch_size": 3}
+    assert all_batches(reader(tmp_path, dataset, **options))[0].labels_BT[:, 0].tolist() == labels
+    one = one.set_column(1, "click", pa.array([5.0, -3.0, 0.0]))
+    dataset = dataset_from_folder(write(tmp_path, [one]), FEATURES)
+    batches = all_batches(reader(tmp_path, dataset, any_label=True, **options))
+    assert batches[0].labels_BT[:, 0].tolist() == [5.0, -3.0, 0.0]
 
 
 @pytest.mark.parametrize(

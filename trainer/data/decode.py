@@ -28,6 +28,7 @@ from trainer.data.order import MASK64, hash64
 IdPolicy = Literal["error", "clip", "hash"]
 ID_POLICIES = ("error", "clip", "hash")
 INFINITY = 0x7F800000  # the bits of float32's infinity; what is above them is a NaN
+ONE = 0x3F800000  # the bits of 1; those of what is in [0, 1] are no higher, but for -0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,18 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The columns that are read, in the batch's order."""
+    """The columns that are read, in the batch's order.
+
+    labelled: whether the files have labels; what stands for missing ones is 0.
+    any_label: let labels outside [0, 1] through.
+    """
 
     labels: tuple[str, ...]
     dense: tuple[str, ...]
     features: tuple[Feature, ...]
     weight: str | None = None
-    labelled: bool = True  # false: the files have no labels, and what stands for them is 0
+    labelled: bool = True
+    any_label: bool = False
 
     @property
     def wide(self) -> bool:
@@ -117,6 +123,8 @@ def decode(table: pa.Table, spec: Spec, where: str) -> Columns:
         holes=[array.null_count > 0 and not f.multi_hot for array, f in zip(arrays, spec.features, strict=True)],
     )
     _check_numbers(columns, [column_of[name] for name in names], names, where)
+    if not spec.any_label:
+        _check_labels(columns, labels, len(spec.dense), where)
     if spec.weight is not None and columns.numbers[-1].min(initial=0) < 0:
         row = int(np.argmax(columns.numbers[-1] < 0))
         raise UserError(
@@ -164,6 +172,22 @@ def _check_numbers(columns: Columns, arrays: list[pa.Array], names: tuple[str, .
     if not finite.all():
         column = int(np.argmin(finite))
         raise _unusable(arrays[column], columns.numbers[column], names[column], where)
+
+
+def _check_labels(columns: Columns, labels: tuple[str, ...], first: int, where: str) -> None:
+    """UserError unless all are in [0, 1].  first: place of the first label's column among the numbers."""
+    rows = len(columns.numbers[first]) if labels else 0
+    highest = _highest(columns.addresses[0][first : first + len(labels)], rows, np.uint32(0xFFFFFFFF))
+    for t in np.flatnonzero(highest > ONE).tolist():
+        values = columns.numbers[first + t]
+        outside = (values < 0) | (values > 1)
+        if outside.any():  # else it is a -0
+            row = int(np.argmax(outside))
+            raise UserError(
+                f"{where}, row {row}: label {labels[t]!r} is {values[row]:g} ({int(outside.sum())} such rows here); "
+                "loss and metrics need labels from 0 for no to 1 for yes: let `tablemesh prepare` make a dataset with "
+                "a threshold on the column (a label's `at_least` or `above` in its spec), or scale it"
+            )
 
 
 def _unusable(array: pa.Array, values: np.ndarray, name: str, where: str) -> UserError:

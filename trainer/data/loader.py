@@ -319,12 +319,16 @@ class _Workers:
 
     def stop(self) -> None:
         """Returns when every thread has ended, which is at most the piece of work that it is doing now."""
+        if threading.current_thread() in self._threads:
+            # A garbage collection in the middle of its work found the iterator dropped.  Others may wait for that work
+            # or for a lock it holds, so what waits for them is a thread that nobody waits for.
+            threading.Thread(target=self.stop, name="loader-stop", daemon=True).start()
+            return
         self._stopped.set()
         for _ in self._threads:
             self._queue.put((-1, next(self._count), None))
         for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
 
 
 def _serve(queue: PriorityQueue, stopped: threading.Event) -> None:

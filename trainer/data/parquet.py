@@ -216,6 +216,7 @@ class Reader:
     seed, shuffle_window, shuffle: as in `Order`; shuffle = False for evaluation.
     rows_by_feature: rows of the table each feature looks up in; default its cardinality.
     id_policy: by feature, "error" (default), "clip" or "hash": what becomes of ids outside the table.
+    any_label: let labels outside [0, 1] through, which neither the loss nor the metrics can use; for predictions.
     table_by_feature: the tables' names, for errors; default the feature's.
     threads, prefetch: decoding threads and batches made ahead.
     pin_memory: batches in page-locked memory, for copies to a GPU that overlap.
@@ -239,6 +240,7 @@ class Reader:
         rows_by_feature: dict[str, int] | None = None,
         id_policy: dict[str, IdPolicy] | None = None,
         table_by_feature: dict[str, str] | None = None,
+        any_label: bool = False,
         threads: int = 2,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -268,6 +270,7 @@ class Reader:
             ),
             weight=dataset.weight,
             labelled=dataset.labelled,
+            any_label=any_label,
         )
         self._source = ParquetSource(Path(dataset_folder), dataset, split, spec)
         self.order = Order(
