@@ -28,10 +28,7 @@ def bucket(ids_N: Tensor, *, seed: int, rows: int) -> Tensor:
 
 def bucket_of(id: int, *, seed: int, rows: int) -> int:
     """What `bucket` gives for one id, in Python's integers."""
-    x = id ^ seed
-    x = ((x ^ (x >> 30)) * _FACTORS[0]) & MASK
-    x = ((x ^ (x >> 27)) * _FACTORS[1]) & MASK
-    return ((x ^ (x >> 31)) & LARGEST) % rows
+    return (mix64_of(id ^ seed) & LARGEST) % rows
 
 
 def mix64(x: Tensor) -> Tensor:
@@ -42,6 +39,14 @@ def mix64(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_FACTORS[0])
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_FACTORS[1])
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def mix64_of(x: int) -> int:
+    """What `mix64` gives for one number, of which the lowest 64 bits count, in Python's integers: 0 .. 2**64 - 1."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * _FACTORS[0]) & MASK
+    x = ((x ^ (x >> 27)) * _FACTORS[1]) & MASK
+    return x ^ (x >> 31)
 
 
 def _signed(value: int) -> int:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.errors import UserError
+from kernels.hashing import mix64, mix64_of
 
 POOLINGS = ("sum", "mean", "none")
 # kind -> its states as FBGEMM names them; True: one float per row, False: one per element
@@ -51,7 +52,6 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 ALIGN = 32  # elements; a table starts on a cache line of 64 bytes, whatever its dtype
 HUGE_PAGE = 2 << 20  # bytes
-MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +291,8 @@ def random_bits(spec: Spec, *, step: int, table: int, rows_U: Tensor, dim: int) 
 
     One 64-bit mix of (seed, step, table, row) gives a row's key; element d mixes the low half of key + d * 0x9E3779B9.
     """
-    key_U = _mix64(_signed(row_key(spec, step=step, table=table)) ^ rows_U.long())
+    key = row_key(spec, step=step, table=table)
+    key_U = mix64((key - (1 << 64) if key >> 63 else key) ^ rows_U.long())  # a tensor takes the number as a signed one
     x = ((key_U & 0xFFFFFFFF)[:, None] + torch.arange(dim, device=rows_U.device) * 0x9E3779B9) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
@@ -309,21 +310,7 @@ def step_key(spec: Spec, *, step: int) -> int:
 
 
 def _chain(key: int, part: int) -> int:
-    x = (key + part * 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap as uint64's do; its shifts must not carry the sign."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+    return mix64_of(key + part * 0x9E3779B97F4A7C15)
 
 
 def _aligned(sizes, *, to: int) -> tuple[int, ...]:

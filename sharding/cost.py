@@ -34,7 +34,7 @@ BYTES = ("weights", "state", "gradient", "buffers", "ids", "cache")
 VOLUMES = ("ids", "vectors", "averages")  # bytes: to the owners of rows, back from them (gradients as many), summed
 TIERS = ("device", "cache", "host")
 CACHE_SHARES = (0.02, 0.1, 0.3)  # of a table's rows that a device cache holds, with tier "cache"
-ELEMENT = 4  # bytes of a weight, a gradient, a pooled value: float32
+ELEMENT = 4  # bytes of a gradient, a pooled value, a dense weight: float32; rows have their own (TableLoad.element)
 ID = 8  # bytes of an id
 LENGTH = 8  # bytes of a bag's length
 BATCHES_IN_FLIGHT = 3  # in the overlapped pipeline: one computes, one's ids travel, one is copied (trainer/pipeline.py)
@@ -338,6 +338,7 @@ class _Pricer:
         tables = work.tables
         self.rows = np.array([t.rows for t in tables], float)
         self.dim = np.array([t.dim for t in tables], float)
+        self.element = np.array([t.element for t in tables], float)
         self.bags = np.array([t.bags for t in tables], float) * work.batch_size
         self.ids = np.array([t.ids for t in tables], float) * work.batch_size
         self.state_row = np.array([t.state_per_row for t in tables], float)
@@ -359,7 +360,7 @@ class _Pricer:
 
     def _hits(self) -> np.ndarray:
         """(T,) share of look-ups that the device's cache serves, which the tables share by the bytes they look up."""
-        row = ELEMENT * self.dim
+        row = self.element * self.dim
         traffic = self.ids * row
         slice_of = self.topology.cache * np.minimum(1.0, self.world * traffic / max(traffic.sum(), 1.0))
         return np.array([float(s.covered(b / r)) for s, b, r in zip(self.skews, slice_of, row, strict=True)])
@@ -376,12 +377,12 @@ class _Pricer:
             valid &= (rows > 0).all(1)
         else:
             shares, distinct, rows = (np.ones((len(self.rows), 1)), self.distinct[:, None], self.rows[:, None])
-        c, row = columns[:, None], ELEMENT * columns[:, None]  # columns and bytes of a row of a part
+        c, row = columns[:, None], (self.element * columns)[:, None]  # columns and bytes of a row of a part
         state = self.state_row[:, None] + c * self.state_column[:, None]
         if kind.sharding == "data_parallel":
             return self._data_parallel(kind, valid, row, state)
         ids, bags = self.ids[:, None] * shares, np.broadcast_to(self.bags[:, None], shares.shape)
-        vectors = bags * row
+        vectors = bags * c * ELEMENT
         seconds = np.zeros((len(PARTS), *shares.shape))
         seconds[0] = (ID * ids + LENGTH * bags) * self.byte
         features = (self.bags / self.work.batch_size)[:, None]
@@ -395,7 +396,7 @@ class _Pricer:
         seconds[2] = self._output(kind, vectors) + bags * topology.bag_seconds
         seconds[3] = self._output(kind, vectors) + bags * topology.bag_seconds
         seconds[4] = (
-            ids * (topology.id_seconds + topology.cached_row_seconds + row / topology.cached_row_bandwidth)
+            ids * (topology.id_seconds + topology.cached_row_seconds + c * ELEMENT / topology.cached_row_bandwidth)
             + vectors / topology.vector_bandwidth
             + self._write(distinct, row, state, kind)
         )

@@ -58,6 +58,18 @@ def test_table_wise_by_hand():
     assert held["ids"] == 8 * 800 + 8 * 400 + 16 * 800
 
 
+def test_rows_of_16_bits_are_half_as_long_and_their_vectors_are_not():
+    work = replace(WORK, tables=(replace(TABLE, element=2),))
+    found, wide = part_of(Kind(sharding="table_wise"), work=work), part_of(Kind(sharding="table_wise"))
+    distinct = 1000 * (1 - (1 - 1 / 1000) ** 800)
+    saved = wide.seconds - found.seconds
+    assert named(saved[:, 0, 0]) == pytest.approx(
+        {"input": 0, "lookup": 800 * 16e-9, "output": 0, "gradients": 0, "update": 2 * 16e-9 * distinct}, rel=1e-6
+    )
+    assert found.device[:, 0, 0].tolist() == [16_000, *wide.device[1:, 0, 0].tolist()]
+    assert found.volume.tolist() == wide.volume.tolist()
+
+
 def test_row_wise_is_a_quarter_of_the_ids_and_all_of_the_vectors():
     found, whole = part_of(Kind(sharding="row_wise", row_parts=4)), part_of(Kind(sharding="table_wise"))
     seconds = named(found.seconds[:, 0, 0])
