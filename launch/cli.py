@@ -490,6 +490,17 @@ def bench_plan(as_json: Json = False) -> None:
     raise typer.Exit(plan.main(json=as_json) or 0)
 
 
+@bench.command("calibrate")
+def bench_calibrate(
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that work at once; default 2, or 1 on one core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine for the planner and keep the result, which a plan for the same number of ranks then uses."""
+    from benchmarks import calibrate
+
+    raise typer.Exit(calibrate.main(nproc=nproc, json=as_json) or 0)
+
+
 @bench.command("step")
 def bench_step(as_json: Json = False) -> None:
     """A whole training step beside stock TorchRec's, on one rank and on two."""

@@ -76,7 +76,7 @@ def make(
         found = topology.parse(cluster, known)
     return Asked(
         name=config.name,
-        work=planning.work_of_config(config, opened, model),
+        work=planning.work_of_config(config, opened, model, device=found.device),
         cluster=found,
         embeddings=model.embeddings,
         rules=rules_of(model.embeddings, found, planning.constraints_of(config)),

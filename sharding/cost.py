@@ -89,13 +89,17 @@ class DenseWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is trained: tables, dense work, samples per global step."""
+    """What is trained: tables, dense work, samples per global step.
+
+    vector_element: bytes of a pooled value on its way between ranks; 2 where the kernels give bfloat16.
+    """
 
     tables: tuple[TableLoad, ...]
     batch_size: int
     dense: DenseWork = DenseWork()
     overlapped: bool = True
     bf16: bool = False
+    vector_element: int = ELEMENT
 
     @property
     def features(self) -> int:
@@ -382,7 +386,7 @@ class _Pricer:
         if kind.sharding == "data_parallel":
             return self._data_parallel(kind, valid, row, state)
         ids, bags = self.ids[:, None] * shares, np.broadcast_to(self.bags[:, None], shares.shape)
-        vectors = bags * c * ELEMENT
+        vectors = bags * c * self.work.vector_element
         seconds = np.zeros((len(PARTS), *shares.shape))
         seconds[0] = (ID * ids + LENGTH * bags) * self.byte
         features = (self.bags / self.work.batch_size)[:, None]
@@ -486,7 +490,7 @@ def allreduce_seconds(topology: Topology, size: np.ndarray | float) -> np.ndarra
     local, hosts = topology.ranks_per_host, topology.hosts
     inside = 2 * (local - 1) / local / topology.intra_bandwidth
     across = 2 * (hosts - 1) / hosts / local / topology.inter_bandwidth
-    return size * (inside + across) / topology.link_efficiency
+    return size * (inside + across) / topology.link_efficiency / topology.reduce_efficiency
 
 
 def _fixed_seconds(work: Work, topology: Topology, latency: float) -> dict[str, float]:

@@ -35,7 +35,7 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 
 from kernels.errors import UserError
 from sharding import planner, topology
-from sharding.cost import Choice, DenseWork, Kind, TableLoad, Work
+from sharding.cost import ELEMENT, Choice, DenseWork, Kind, TableLoad, Work
 from sharding.embeddings import Embeddings
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
@@ -157,6 +157,7 @@ def work_of(
     state_bytes_per_row: Callable[[int], int] | None = None,
     overlapped: bool = True,
     bf16: bool = False,
+    vector_element: int = ELEMENT,
 ) -> Work:
     """What the planner prices: the physical tables with the ids that reach them, and the dense work.
 
@@ -188,7 +189,14 @@ def work_of(
                 element=ROW_TYPES[table.row_type],
             )
         )
-    return Work(tables=tuple(tables), batch_size=batch_size, dense=dense, overlapped=overlapped, bf16=bf16)
+    return Work(
+        tables=tuple(tables),
+        batch_size=batch_size,
+        dense=dense,
+        overlapped=overlapped,
+        bf16=bf16,
+        vector_element=vector_element,
+    )
 
 
 def rules_of(

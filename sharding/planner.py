@@ -96,7 +96,7 @@ def solve(
     """
     _check(work, topology)
     rules = rules or {}
-    prices = price(work, topology, extra=_asked_kinds(work, topology, rules))
+    prices = price(work, topology, extra=asked_kinds(work, topology, rules))
     return solve_prices(prices, rules=rules, limits=limits)
 
 
@@ -190,7 +190,7 @@ def _check(work: Work, topology: Topology) -> None:
         )
 
 
-def _asked_kinds(work: Work, topology: Topology, rules: Mapping[str, Rule]) -> list[Kind]:
+def asked_kinds(work: Work, topology: Topology, rules: Mapping[str, Rule]) -> list[Kind]:
     """Kinds that rules ask for: some come to the same as another on this cluster, some cut the columns as asked."""
     found = []
     local, hosts = topology.ranks_per_host, topology.hosts

@@ -17,6 +17,11 @@ from sharding.bound import Options, group_seconds, priced_choice
 from sharding.cost import Choice
 
 FINER = (1.0, 0.6, 0.4, 0.25, 0.12)  # of the step aimed at: the largest part that a choice may have
+CLOSE_ENOUGH = 0.01  # of the bound; farther from it more choices are tried:
+AIMS = (0.0, 0.04, 0.1, 0.2)  # steps aimed at, between the bound and the best so far
+SHARES = (0.5, 0.42, 0.34, 0.28, 0.22, 0.17, 0.12, 0.08)  # the largest part beside others, of what a rank has time for
+ALONE = (0.8, 2.0)  # a part from here on may have a rank to itself; 2: none
+WHOLE_OR_COLUMNS = ("table_wise", "column_wise", "table_column_wise")
 FILLS = (1.0, 0.95, 0.85)  # shares of the memory that a choice may use, where it is short
 DECODED = 40_000  # parts placed while improving, over all trials: about a second and a half
 EVERYTHING = 400  # table and kind pairs; up to here every change of one table is tried
@@ -170,7 +175,45 @@ def search(options: Options, *, aim: float) -> Found | None:
             best = found
     if best is None:
         return None
+    if best.step > aim * (1 + CLOSE_ENOUGH):
+        for chosen in _finer(options, aim, best.step):
+            found = placer.place(chosen)
+            if found is not None and found.step < best.step:
+                best = found
     return _improve(options, placer, best)
+
+
+def _finer(options: Options, aim: float, upper: float):
+    """More choices of kinds for when the parts are nearly as large as what a rank has time for.
+
+    Steps between the bound and the best so far are aimed at.  A part either nearly fills a rank alone, or is at most a
+    share of it, so that such parts fill up what others leave.
+    """
+    types = options.shardings()
+    sets = [tuple(types), tuple(t for t in types if t in WHOLE_OR_COLUMNS)]
+    sets += [(*sets[1], "table_row_wise")] if "table_row_wise" in types else []
+    base = options.prices.base_seconds
+    for subset in dict.fromkeys(s for s in sets if s):
+        allowed = options.only(subset)
+        if not allowed.any(0).all():
+            continue
+        group = min(group_seconds(options.prices, (t,))[0] for t in subset)
+        seen: set[bytes] = set()
+        for factor in AIMS:
+            step = aim * (1 - factor) + upper * factor
+            room = max(step - base - group, 1e-12)
+            for share in SHARES:
+                for alone in ALONE:
+                    fits = allowed & (
+                        (options.main_max <= share * room)
+                        | ((options.main_max >= alone * room) & (options.main_max <= room))
+                    )
+                    finest = np.where(allowed, options.main_max, np.inf)
+                    fits |= allowed & ~fits.any(0) & (finest <= finest.min(0))
+                    chosen, _ = priced_choice(options, options.main, fits, fill=0.97, inside=True)
+                    if chosen.tobytes() not in seen:
+                        seen.add(chosen.tobytes())
+                        yield chosen
 
 
 def _starts(options: Options, aim: float):

@@ -15,6 +15,7 @@ can be set in TOML, as text with its unit:
 """
 
 import os
+import platform
 import re
 import tomllib
 from collections.abc import Mapping
@@ -83,6 +84,7 @@ class Topology:
     replica_seconds: of the look-up and the update of a data_parallel table, beside its bytes.
     update_dense_bandwidth: bytes that a dense optimizer step and the averaging of gradients read and write.
     bag_seconds: of moving one pooled vector into its place after the all-to-all.
+    link_efficiency: what of a link's rate an all-to-all reaches; reduce_efficiency: what of that an all-reduce reaches.
     intra_*, inter_*: of one rank to ranks of its host, to other hosts, each way; peer_seconds: what each further rank
         adds to the latency of a collective.
     overlap: whether ids travel, and batches are copied, while the device computes.
@@ -110,6 +112,7 @@ class Topology:
     ssd_bandwidth: float = _of("bytes/s")
     matrix_efficiency: float = _of("share")
     link_efficiency: float = _of("share")
+    reduce_efficiency: float = _of("share", 1.0)
     row_seconds: float = _of("s")
     row_bandwidth: float = _of("bytes/s")
     cached_row_seconds: float = _of("s")
@@ -393,14 +396,15 @@ def detect(
     """This machine, world_size ranks of it, local_world_size on each host.
 
     A GPU gets the profile that its name fits, with the memory found; a GPU of no profile the nearest by memory rate.
-    A CPU gets what `tablemesh bench calibrate` stored for this many ranks, given in `known` as "cpu"; else the built-in
-    "cpu".  Memory is what this host, or its container, has.
+    A CPU gets the "cpu" in `known`, else what `tablemesh bench calibrate` stored for this many ranks on a host, else
+    the built-in "cpu".  Memory is what this host, or its container, has.
     """
     hosts = world_size // local_world_size
     found = profiles() | dict(known or {})
     memory = float(host_memory_bytes())
     if device == "cpu":
-        profile = replace(found["cpu"], host_memory=memory)
+        own = None if "cpu" in (known or {}) else calibrated(local_world_size)
+        profile = replace(own or found["cpu"], host_memory=memory)
         return profile.sized(hosts=hosts, ranks_per_host=local_world_size)
     import torch
 
@@ -408,6 +412,39 @@ def detect(
     profile = _by_name(properties.name, properties.total_memory, found)
     profile = replace(profile, host_memory=memory, device_memory=float(properties.total_memory))
     return profile.sized(hosts=hosts, ranks_per_host=local_world_size)
+
+
+def calibration_file(ranks: int) -> Path:
+    """Where the measured profile of this kind of machine is kept, for this many ranks on a host.
+
+    Below TABLEMESH_CACHE, else XDG_CACHE_HOME/tablemesh, else ~/.cache/tablemesh; named after the CPU, since the folder
+    may be shared by machines that differ.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("TABLEMESH_CACHE") or Path(cache) / "tablemesh")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return folder / "calibrated" / f"{_cpu_slug()}-{cores}-cores-{ranks}-ranks.toml"
+
+
+def calibrated(ranks: int) -> Topology | None:
+    """The profile in `calibration_file`; None where there is none.  UserError where it cannot be read."""
+    file = calibration_file(ranks)
+    if not file.is_file():
+        return None
+    try:
+        (profile,) = load_profiles(file).values()
+    except (UserError, ValueError) as error:
+        raise UserError(f"{error}\nremove {file}, or run `tablemesh bench calibrate` again") from error
+    return profile
+
+
+def _cpu_slug() -> str:
+    """ "Intel(R) Xeon(R) Platinum 8488C" -> "intel-r-xeon-r-platinum-8488c"."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = named[1] if named else model
+    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
 
 
 def _by_name(name: str, memory: float, known: Mapping[str, Topology]) -> Topology:

@@ -4,6 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two workers share the cores
 
+import tempfile
+
+os.environ["TABLEMESH_CACHE"] = tempfile.gettempdir() + "/tablemesh-tests-have-no-calibration"  # never made
+
 from hypothesis import settings
 
 from trainer import quiet

@@ -2,7 +2,7 @@
 
 cluster_of(config, ...) -> Topology
 on_meta(config, dataset) -> OnMeta
-work_of_config(config, dataset, model) -> Work
+work_of_config(config, dataset, model, device=...) -> Work
 limits_of(config), constraints_of(config)
 """
 
@@ -22,6 +22,7 @@ from sharding.plan import Figures, work_of
 from sharding.planner import Limits, Rule
 from sharding.skew import Skew
 from sharding.topology import Topology, quantity
+from trainer import precision
 from trainer.config import Config
 from trainer.data.dataset import Categorical, Dataset
 from trainer.dense_work import dense_work
@@ -74,9 +75,12 @@ def constraints_of(config: Config) -> list[tuple[tuple[str, ...], Rule]]:
     return found
 
 
-def work_of_config(config: Config, dataset: Dataset, model: "OnMeta") -> Work:
-    """What a step of this config does."""
+def work_of_config(config: Config, dataset: Dataset, model: "OnMeta", *, device: str) -> Work:
+    """What a step of this config does on devices of this type, "cpu" or "cuda"."""
     sparse, dense = config.optim.sparse, config.optim.dense
+    bf16 = precision.choose(config.train.precision, torch.device(device)).is_bf16
+    # FBGEMM's kernels, which a GPU gets unless the config says otherwise, give float32 vectors.
+    fbgemm = config.kernels.embedding_bag == "fbgemm" or (device != "cpu" and config.kernels.embedding_bag == "auto")
     dense_state = plugin(dense).state_bytes_per_row(dense, 1024) / 1024
     return work_of(
         model.embeddings,
@@ -85,7 +89,8 @@ def work_of_config(config: Config, dataset: Dataset, model: "OnMeta") -> Work:
         dense=dense_work(model.net, model.inputs, state_bytes_per_parameter=dense_state),
         state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim),
         overlapped=config.train.pipeline == "overlapped",
-        bf16=config.train.precision == "bf16",
+        bf16=bf16,
+        vector_element=2 if bf16 and not fbgemm else 4,
     )
 
 

@@ -116,7 +116,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         bf16=precision.is_bf16,
         dense_names=[d.name for d in dataset.dense],
     )
-    work = work_of_config(config, dataset, model)
+    work = work_of_config(config, dataset, model, device=world.device.type)
     cluster = cluster_of(config, world_size=world.size, local_world_size=world.local_size, device=world.device.type)
     planned = plan_task(
         task,
