@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
     with Ranks(Machine, nproc, cases, tuned=True) as ranks:
         measured = {name: _slowest(ranks.call("measure", name)) for name in Machine.MEASURES}
         rated = with_rates(base, measured)
-        steps = {case.name: _step(ranks.call("run", case.name, STEPS, WARM_UP)) for case in cases}
+        steps = {case.name: slowest_step(ranks.call("run", case.name, STEPS, WARM_UP)) for case in cases}
     found = fitted(rated, cases, steps)
     file = topology.calibration_file(nproc)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +81,15 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
     ]  # fmt: skip
     fits = [(name, 1e3 * predicted(case, found).step_seconds, 1e3 * steps[name]) for name, case in
             ((c.name, c) for c in cases)]  # fmt: skip
-    notes = [f"{name}: fitted {mine:.2f} ms, measured {real:.2f} ms ({mine / real - 1:+.0%})" for name, mine, real in fits]
+    notes = [
+        f"{name}: fitted {mine:.2f} ms, measured {real:.2f} ms ({mine / real - 1:+.0%})" for name, mine, real in fits
+    ]
     notes.append(f"{file}: used from now on for {nproc} ranks; measured in {time.perf_counter() - started:.0f} s")
-    extra = {"file": str(file), "nproc": nproc, "fits": [{"name": n, "fitted_ms": a, "measured_ms": b} for n, a, b in fits]}
+    extra = {
+        "file": str(file),
+        "nproc": nproc,
+        "fits": [{"name": n, "fitted_ms": a, "measured_ms": b} for n, a, b in fits],
+    }
     return report("calibrate", rows, json=json, notes=tuple(notes), extra=extra)
 
 
@@ -162,15 +169,22 @@ class Machine(Cases):
 
     def elementwise(self) -> float:
         """Bytes/s that an operation reads and writes."""
-        one, out = torch.randn(1 << 20), torch.empty(1 << 20)
-        return 8 * (1 << 20) / seconds(lambda: torch.add(one, 1.0, out=out))
+        turns = cycle(
+            [(torch.randn(1 << 19), torch.empty(1 << 19)) for _ in range(16)]
+        )  # 64 MiB, as of a step's tensors
+
+        def add() -> None:
+            one, out = next(turns)
+            torch.add(one, 1.0, out=out)
+
+        return 8 * (1 << 19) / seconds(add)
 
     def dense_update(self) -> float:
         """Bytes/s of a dense optimizer, as the cost model counts them."""
-        weights = torch.nn.Parameter(torch.randn(1 << 19))
-        weights.grad = torch.randn(1 << 19)
+        weights = torch.nn.Parameter(torch.randn(1 << 21))
+        weights.grad = torch.randn(1 << 21)
         optimizer = torch.optim.Adam([weights], fused=True)
-        return (12 + 2 * 8) * (1 << 19) / seconds(optimizer.step)
+        return (12 + 2 * 8) * (1 << 21) / seconds(optimizer.step)
 
     def all_to_all(self) -> dict[int, float]:
         """Seconds by bytes that a rank gives away."""
@@ -226,7 +240,7 @@ def _slowest(by_rank: Sequence[Any]) -> Any:
     return statistics.fmean(by_rank)
 
 
-def _step(by_rank: Sequence[list[float]]) -> float:
+def slowest_step(by_rank: Sequence[list[float]]) -> float:
     """Seconds of a step: the median of the steps, each that of its slowest rank."""
     return statistics.median(max(of_step) for of_step in zip(*by_rank, strict=True))
 

@@ -483,16 +483,23 @@ def bench_kernels(
 
 
 @bench.command("plan")
-def bench_plan(as_json: Json = False) -> None:
+def bench_plan(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Predicted steps beside measured ones instead, on this machine.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """The slowest rank's step under our plans, beside TorchRec's planner given the same topology."""
-    from benchmarks import plan
+    from benchmarks import measured, plan
 
-    raise typer.Exit(plan.main(json=as_json) or 0)
+    raise typer.Exit((measured if measure else plan).main(json=as_json) or 0)
 
 
 @bench.command("calibrate")
 def bench_calibrate(
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that work at once; default 2, or 1 on one core.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that work at once; default 2, or 1 on one core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine for the planner and keep the result, which a plan for the same number of ranks then uses."""

@@ -420,7 +420,11 @@ def ways_out(
         )
     more = [n for n in (*range(topology.hosts + 1, topology.hosts + 9), *(topology.hosts * 2**i for i in range(1, 11)))
             if n > topology.hosts]  # fmt: skip
-    more = [n for n in sorted(set(more)) if work.batch_size % (n * topology.ranks_per_host) == 0 and n <= 4096]
+    more = [
+        n
+        for n in sorted(set(more))
+        if work.batch_size % (n * topology.ranks_per_host) == 0 and n * topology.ranks_per_host <= 4096
+    ]
     first_that(
         more,
         attempt_with(
