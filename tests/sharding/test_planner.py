@@ -8,7 +8,7 @@ import pytest
 
 from kernels.errors import UserError
 from sharding.bound import Options, lower_bound
-from sharding.cost import Choice, DenseWork, TableLoad, Work, load, price
+from sharding.cost import DenseWork, TableLoad, Work, load, price
 from sharding.planner import Infeasible, Limits, Rule, rules_from, solve, ways_out
 from sharding.search import search
 from sharding.skew import Skew
@@ -61,8 +61,8 @@ def placements(place: str, parts: int, cluster) -> list[tuple[int, ...]]:
 
 
 def exhaustive(prices, options) -> float:
-    """The step of the best of all plans; infinite where none fits.  All plans at once: what a table adds to the ranks is
-    made by `load` for each of its choices, and the sums over tables are taken over the product of their choices."""
+    """The step of the best of all plans; infinite where none fits.  All plans at once: what a table adds to the
+    ranks is made for each of its choices, and the sums over tables are taken over the product of their choices."""
     cluster = prices.topology
     alone = np.array([load(prices, []).main, load(prices, []).hidden])  # (2, W)
     types = {s: i for i, s in enumerate(prices.group)}
