@@ -192,6 +192,7 @@ _GPU_SOURCES = {
     "vector_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
     "update_dense_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
     "matrix_efficiency": "estimate: large MLPs in TF32 or bf16 reach 40 to 60% of the dense peak",
+    "reduce_efficiency": "estimate: an all-reduce reaches the bus bandwidth of an all-to-all",
     "link_efficiency": "estimate: NCCL's bus bandwidth is about 80% of a link's rate for messages above 1 MB",
     "row_bandwidth": "70% of the memory's rate, what FBGEMM's table-batched kernels reach on wide rows (estimate)",
     "update_row_bandwidth": "70% of the memory's rate, each row read and written (estimate)",
