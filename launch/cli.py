@@ -555,6 +555,14 @@ def bench_ckpt(
     raise typer.Exit(bench_of_ckpt.main(json=as_json, folder=folder, gigabytes=gigabytes) or 0)
 
 
+@bench.command("idmap")
+def bench_id_map(as_json: Json = False) -> None:
+    """Ids to rows: look-ups and admissions per second, beside TorchRec's managed collision."""
+    from benchmarks import id_map
+
+    raise typer.Exit(id_map.main(json=as_json) or 0)
+
+
 def print_error(message: str) -> None:
     """`error:` and the message in red on stderr, further lines indented under it."""
     first, *rest = message.strip().splitlines() or ["unknown"]
