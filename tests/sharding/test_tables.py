@@ -21,7 +21,7 @@ from sharding.tables.base import SHARDING_TYPES, Table
 from tests.models import CPU, PlainModel, build_sharded, make_batches, table_shards, train_plain, train_sharded
 from tests.ranks import run_ranks
 from trainer.checkpoint import manifest, state, storage
-from trainer.checkpoint.files import Files
+from trainer.checkpoint.chain import open_chain
 from trainer.checkpoint.place import Place
 from trainer.config import Optim
 from trainer.models import dlrm
@@ -264,7 +264,7 @@ def go_on(folder, sharding: str, first: int, last: int) -> list[float]:
     built = sharded(sharding, "plain", "adagrad")
     place = Place(folder)
     if first:
-        state.load(built.dmp, built.optimizer, Files(place, f"step_{first}", manifest.read(place, f"step_{first}")))
+        state.load(built.dmp, built.optimizer, open_chain(place, f"step_{first}"))
     losses = train_sharded(built, make_batches(tables, features_of(tables), **STEPS)[first:last])
     world = dist.get_world_size()
     position = manifest.Position(step=last, epoch=0, samples=0, world_size=world, config_sha256="", data_fingerprint="")
