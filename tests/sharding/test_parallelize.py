@@ -70,6 +70,7 @@ BY_HOST = ("table_row_wise", "table_column_wise", "grid_shard")
     [
         (1, 1, "plain", (*SHARDING_TYPES, "auto")),
         (2, 2, "plain", (*SHARDING_TYPES, "auto")),
+        (2, 2, "overlapped", SHARDING_TYPES),
         (4, 4, "overlapped", SHARDING_TYPES),
         (4, 2, "plain", BY_HOST),
     ],

@@ -234,14 +234,27 @@ def test_ways_out_are_tried_and_each_of_them_works():
     solve(replace(work, tables=tuple(replace(t, dim=dim) for t in work.tables)), cluster)
 
 
-def test_large_cases_are_near_the_bound():
+def many_tables(count: int) -> tuple[TableLoad, ...]:
     rng = np.random.default_rng(5)
-    tables = tuple(
+    return tuple(
         TableLoad(name=f"t{i}", rows=int(np.exp(rng.uniform(7, 17))), dim=int(rng.choice([32, 64, 128])),
                   ids=float(min(200, 1 + rng.pareto(1.2))))
-        for i in range(100)
+        for i in range(count)
     )  # fmt: skip
-    solution = solve(
-        Work(tables=tables, batch_size=1 << 15, dense=DenseWork(flops_per_row=1e7)), parse("h100-80gb:4x8")
-    )
-    assert solution.bound <= solution.load.step_seconds and solution.gap <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("tables", "batch_size", "cluster"),
+    [
+        (100, 1 << 15, "h100-80gb:4x8"),
+        pytest.param(
+            *(200, 1 << 17, "h100-80gb:16x8"),
+            marks=pytest.mark.xfail(reason="the gap is 9%: whether the bound or the search is at fault is not known"),
+        ),
+    ],
+)
+def test_large_cases_are_near_the_bound(tables, batch_size, cluster):
+    work = Work(tables=many_tables(tables), batch_size=batch_size, dense=DenseWork(flops_per_row=1e7))
+    solution = solve(work, parse(cluster))
+    assert solution.bound <= solution.load.step_seconds
+    assert solution.gap <= 0.05
