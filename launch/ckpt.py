@@ -1,6 +1,5 @@
 """`tablemesh ckpt ...`: what is in a run's checkpoints, whether they are whole, and how they differ."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +10,13 @@ from rich.table import Table
 
 from kernels.errors import UserError
 from launch.progress import size
+from launch.terminal import Json, print_json
 
 app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
 
 Where = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), or a checkpoint's path.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 @app.command()
@@ -145,7 +144,7 @@ def reshard(
 
 def _answer(found: dict[str, Any], show: Callable[[dict[str, Any], Console], None], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=1), flush=True)
+        print_json(found)
     else:
         show(found, Console())
 

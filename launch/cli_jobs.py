@@ -4,13 +4,14 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+from launch.terminal import Json, Set, console_for, print_json
+
 Handle = Annotated[str, typer.Argument(help="What submit printed, such as slurm://tablemesh/123, or the run folder.")]
 POLL_SECONDS = 1.0
 
@@ -39,9 +40,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="A=B", help="Option of the scheduler, such as partition=gpu; repeatable."),
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the config; repeatable.")
-    ] = None,
+    set_: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the config's name.")] = None,
     module: Annotated[
         str, typer.Option(hidden=True, help="What each rank runs: `python -m MODULE JOB.json`.")
@@ -50,11 +49,12 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Train somewhere else: hand a job to a scheduler and leave. Prints the job's handle."""
+    from launch import schedulers
     from launch import submit as submitting
     from launch.job import Place
     from trainer import config as configs
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
     resolved = configs.load(config, overrides)
     place = Place(
@@ -74,15 +74,15 @@ def submit(
     )
     made = replace(made, module=module)
     if dry_run:
-        text = submitting.scheduler(on).request(made)
+        text = schedulers.load(on).request(made)
         if as_json:
-            _print_json({"request": text})
+            print_json({"request": text})
         else:
             console.print(escape(text), end="", soft_wrap=True, highlight=False)
         return
     handle, run_dir = submitting.submit(made, on, resolved, console)
     if as_json:
-        _print_json({"handle": handle, "run_dir": str(run_dir)})
+        print_json({"handle": handle, "run_dir": str(run_dir)})
     else:
         console.print(f"run folder: {escape(str(run_dir))}", soft_wrap=True, highlight=False)
         console.print(escape(handle), soft_wrap=True, highlight=False)
@@ -94,7 +94,7 @@ def status(handle: Handle, as_json: Json = False) -> None:
 
     found = submitted.status(handle)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     console = Console()
     for line in submitted.lines(found):
@@ -120,12 +120,8 @@ def cancel(handle: Handle, as_json: Json = False) -> None:
 
     found = submitted.cancel(handle)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         Console().print(
             escape(f"{found['handle']}: {found['was']}, now {found['state']}"), soft_wrap=True, highlight=False
         )
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str), flush=True)

@@ -5,22 +5,15 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from kernels import registry
 from kernels.errors import UserError
-from launch import dataset, handles, job, rundir
+from launch import dataset, handles, job, rundir, schedulers
 from launch.job import Job, Mount, Place
 from trainer.config import Config
 
 _MB = {"": 1, "m": 1, "g": 1024, "t": 1024**2}
-
-
-def scheduler(kind: str) -> Any:
-    """The scheduler of a kind; UserError for an unknown one."""
-    return registry.load("launch.schedulers", kind).Scheduler()
 
 
 def prepare(
@@ -32,7 +25,7 @@ def prepare(
     named: the user chose the run's name. Where nobody here can see which names are taken, others get the time as well.
     """
     nproc = _ranks(config, nodes, nproc, place)
-    shares_files = scheduler(kind).shares_files
+    shares_files = schedulers.load(kind).shares_files
     if not shares_files:
         name = config.name if named else f"{config.name}-{time.strftime('%m%d-%H%M%S')}"
         return delivered(config, name, None, nodes=nodes, nproc=nproc, place=place, env=env)
@@ -94,7 +87,7 @@ def _ranks(config: Config, nodes: int, nproc: int | None, place: Place) -> int:
 
 def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str, Path]:
     """Prepare the data, make the run folder and submit; (handle, run folder). What fails leaves no run folder."""
-    there = scheduler(kind)
+    there = schedulers.load(kind)
     there.request(made)  # a job that cannot be must not cost the preparation of its data
     if not there.shares_files:
         return handles.record(kind, there.submit(made), made.run_dir), made.run_dir

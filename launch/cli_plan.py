@@ -1,0 +1,58 @@
+"""`tablemesh plan`: the command; launch.plan answers, launch.plan_view shows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kernels.errors import UserError
+from launch.terminal import Json, Set, console_for, print_json
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml.")],
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: this machine, train.nproc ranks."),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="A dataset.json, or its folder, where the data is not at data.path.")
+    ] = None,
+    hbm: Annotated[str | None, typer.Option(help="Device memory of each rank to use, such as 60GiB.")] = None,
+    host_mem: Annotated[str | None, typer.Option(help="Memory of each host to use for tables, such as 500GiB.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="TOML with [profiles.NAME] of clusters.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan there, for `train --plan`.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two of: auto, a sharding type, a plan.json, a cluster."),
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say where the tables would go on a cluster, whether they fit, and what a step would take; exit code 1 if not."""
+    from launch import plan as plans
+    from launch import plan_view
+    from trainer import config as configs
+    from trainer import report as reports
+
+    resolved = configs.load(config, set_ or [])
+    asked = plans.make(resolved, dataset=dataset, cluster=cluster, hbm=hbm, host_mem=host_mem, profiles=profiles)
+    console = console_for(as_json)
+    if compare is not None:
+        sides = plans.compare(asked, *compare)
+        if as_json:
+            print_json(sides)
+        else:
+            plan_view.show_comparison(sides, console)
+        return
+    found = plans.answer(asked)
+    if out is not None and found["feasible"]:
+        if not out.resolve().parent.is_dir():
+            raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+        reports.write_json(out.resolve().parent, found["plan"], name=out.name)
+    if as_json:
+        print_json(found)
+    else:
+        plan_view.show(found, console)
+    if not found["feasible"]:
+        raise typer.Exit(1)
