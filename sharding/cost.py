@@ -496,7 +496,8 @@ def allreduce_seconds(topology: Topology, size: np.ndarray | float) -> np.ndarra
 def _fixed_seconds(work: Work, topology: Topology, latency: float) -> dict[str, float]:
     """What no plan changes: host work, dense layers, what of their all-reduce shows."""
     dense, rows = work.dense, work.batch_size / topology.world_size
-    rate = (topology.matrix_bf16 if work.bf16 else topology.matrix_fp32) * topology.matrix_efficiency
+    bf16 = topology.matrix_bf16 * topology.matrix_efficiency
+    rate = bf16 if work.bf16 else topology.matrix_fp32 * topology.fp32_efficiency
     compute = (
         dense.flops_per_row * rows / rate
         + (dense.bytes_per_row * rows + dense.bytes_fixed) / topology.vector_bandwidth

@@ -75,8 +75,11 @@ class Topology:
     row_seconds, row_bandwidth: reading n table rows of b bytes from memory takes n * (row_seconds + b / row_bandwidth);
         cached_*: the same for rows in the device's cache; update_*: for reading, changing and writing back a row and
         its optimizer state; id_seconds: sorting an id and adding up its gradient.
+    matrix_efficiency, fp32_efficiency: what of the rate matrix products reach, in bf16 and in float32.
     op_seconds: what an operation costs beside its work (a kernel launch); vector_bandwidth: bytes that elementwise
-        operations read and write; step_seconds: host work of a step whatever its tables.
+        operations read and write; step_seconds: host work of a step whatever its tables, which the device waits for.
+    launch_seconds: what the host needs to launch a whole step, beside the device's work: no step is shorter
+        (sharding/simulate.py; no plan changes it, so the planner leaves it out).
     feature_seconds: host and launch work of a feature, forward and backward, on each rank; part_seconds: of a feature
         on a rank that holds a part of its table; rows_seconds: what a feature of a row-wise table adds for each part
         that its ids are divided into; bucket_seconds: of dividing an id.
@@ -111,6 +114,7 @@ class Topology:
     ssd_memory: float = _of("bytes")
     ssd_bandwidth: float = _of("bytes/s")
     matrix_efficiency: float = _of("share")
+    fp32_efficiency: float = _of("share", 1.0)
     link_efficiency: float = _of("share")
     reduce_efficiency: float = _of("share", 1.0)
     row_seconds: float = _of("s")
@@ -124,6 +128,7 @@ class Topology:
     update_dense_bandwidth: float = _of("bytes/s")
     op_seconds: float = _of("s")
     step_seconds: float = _of("s")
+    launch_seconds: float = _of("s", 0.0)
     feature_seconds: float = _of("s")
     part_seconds: float = _of("s")
     rows_seconds: float = _of("s")
@@ -163,12 +168,14 @@ QUANTITIES = {f.name: f.metadata["kind"] for f in fields(Topology) if f.metadata
 _GPU: dict[str, Any] = {
     "device": "cuda",
     "matrix_efficiency": 0.45,
+    "fp32_efficiency": 0.9,
     "link_efficiency": 0.8,
     "cached_row_seconds": 0.0,
     "update_row_seconds": 0.0,
     "id_seconds": 60e-12,
     "op_seconds": 5e-6,
     "step_seconds": 300e-6,
+    "launch_seconds": 8.9e-3,
     "feature_seconds": 2e-6,
     "part_seconds": 2e-6,
     "rows_seconds": 50e-9,
@@ -191,7 +198,8 @@ _GPU_SOURCES = {
     "bucket_seconds": "FBGEMM's block_bucketize_sparse_features reads and writes an id a few times (estimate)",
     "vector_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
     "update_dense_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
-    "matrix_efficiency": "estimate: large MLPs in TF32 or bf16 reach 40 to 60% of the dense peak",
+    "matrix_efficiency": "estimate: large MLPs in bf16 reach 40 to 60% of the dense peak",
+    "fp32_efficiency": "estimate: cuBLAS's float32 products reach 90 to 95% of the peak without tensor cores",
     "reduce_efficiency": "estimate: an all-reduce reaches the bus bandwidth of an all-to-all",
     "link_efficiency": "estimate: NCCL's bus bandwidth is about 80% of a link's rate for messages above 1 MB",
     "row_bandwidth": "70% of the memory's rate, what FBGEMM's table-batched kernels reach on wide rows (estimate)",
@@ -200,6 +208,7 @@ _GPU_SOURCES = {
     "id_seconds": "radix sort of 64-bit keys, about 16 G keys/s (estimate from CUB's published rates on A100)",
     "op_seconds": "a kernel launch, 3 to 7 us",
     "step_seconds": "host work of a TorchRec pipeline step that the device waits for (estimate)",
+    "launch_seconds": "fitted to two published throughputs of TorchRec's DLRM with 26 features (docs/scaling.md)",
     "replica_seconds": "a dozen launches and one wait of the host for the device (estimate)",
     "group_seconds": "splits, permutes and the autograd functions of one sharding type (estimate)",
     "intra_latency": "NCCL over NVLink, about 10 us",
@@ -232,31 +241,31 @@ def _gpu(name: str, source: str, *, cache: str, hosts_of: int = 8, **values: str
 def profiles() -> dict[str, Topology]:
     """The built-in ones, one host each."""
     dgx_a100 = {
-        "matrix_fp32": "156TFLOP/s", "matrix_bf16": "312TFLOP/s", "host_bandwidth": "409.6GB/s",
+        "matrix_fp32": "19.5TFLOP/s", "matrix_bf16": "312TFLOP/s", "host_bandwidth": "409.6GB/s",
         "pcie_bandwidth": "32GB/s",
         "intra_bandwidth": "300GB/s", "inter_bandwidth": "200Gb/s", "ssd_bandwidth": "25GB/s",
     }  # fmt: skip
     dgx_h100 = {
-        "matrix_fp32": "494.7TFLOP/s", "matrix_bf16": "989.4TFLOP/s", "host_memory": "2TB",
+        "matrix_fp32": "66.9TFLOP/s", "matrix_bf16": "989.4TFLOP/s", "host_memory": "2TB",
         "host_bandwidth": "614.4GB/s",
         "pcie_bandwidth": "64GB/s", "intra_bandwidth": "450GB/s", "inter_bandwidth": "400Gb/s",
         "ssd_memory": "30.7TB", "ssd_bandwidth": "50GB/s",
     }  # fmt: skip
     found = [
         _gpu(
-            "a100-40gb", "NVIDIA A100 40GB SXM data sheet (TF32, bf16 without sparsity); DGX A100 data sheet: 8 GPUs, "
+            "a100-40gb", "NVIDIA A100 40GB SXM data sheet (float32, bf16 dense); DGX A100 data sheet: 8 GPUs, "
             "NVLink 600 GB/s both ways, 8 x 200 Gb/s, 16 x DDR4-3200",
             device_memory="39.4GiB", memory_bandwidth="1555GB/s", cache="40MB", host_memory="1TB",
             ssd_memory="15TB", **dgx_a100,
         ),
         _gpu(
-            "a100-80gb", "NVIDIA A100 80GB SXM data sheet (TF32, bf16 without sparsity); DGX A100 data sheet: 8 GPUs, "
+            "a100-80gb", "NVIDIA A100 80GB SXM data sheet (float32, bf16 dense); DGX A100 data sheet: 8 GPUs, "
             "NVLink 600 GB/s both ways, 8 x 200 Gb/s, 16 x DDR4-3200",
             device_memory="79.2GiB", memory_bandwidth="2039GB/s", cache="40MB", host_memory="2TB",
             ssd_memory="30TB", **dgx_a100,
         ),
         _gpu(
-            "h100-80gb", "NVIDIA H100 SXM data sheet (TF32, bf16 without sparsity); DGX H100 data sheet: 8 GPUs, "
+            "h100-80gb", "NVIDIA H100 SXM data sheet (float32, bf16 without sparsity); DGX H100 data sheet: 8 GPUs, "
             "NVLink 900 GB/s both ways, 8 x 400 Gb/s, 16 x DDR5-4800",
             device_memory="79.1GiB", memory_bandwidth="3.35TB/s", cache="50MB", **dgx_h100,
         ),
@@ -266,14 +275,15 @@ def profiles() -> dict[str, Topology]:
         ),
         _gpu(
             "b200", "NVIDIA DGX B200 data sheet, an eighth of the system: 1,440 GB and 64 TB/s of HBM3e, NVLink "
-            "14.4 TB/s both ways, bf16 36 PFLOP/s with sparsity; 8 x 400 Gb/s, 16 x DDR5-5600",
-            device_memory="180GB", memory_bandwidth="8TB/s", cache="126MB", matrix_fp32="1.1PFLOP/s",
+            "14.4 TB/s both ways, bf16 36 PFLOP/s with sparsity (HGX B200: 600 TFLOP/s in float32); 8 x 400 "
+            "Gb/s, 16 x DDR5-5600",
+            device_memory="180GB", memory_bandwidth="8TB/s", cache="126MB", matrix_fp32="75TFLOP/s",
             matrix_bf16="2.25PFLOP/s", host_memory="2TB", host_bandwidth="716.8GB/s", pcie_bandwidth="64GB/s",
             intra_bandwidth="900GB/s", inter_bandwidth="400Gb/s", ssd_memory="30.7TB", ssd_bandwidth="50GB/s",
         ),
         _gpu(
-            "l4", "NVIDIA L4 data sheet (TF32, bf16 without sparsity); 8 on one host over PCIe 4, 100 Gb/s a host",
-            device_memory="22.5GiB", memory_bandwidth="300GB/s", cache="48MB", matrix_fp32="60TFLOP/s",
+            "l4", "NVIDIA L4 data sheet (float32, bf16 without sparsity); 8 on one host over PCIe 4, 100 Gb/s a host",
+            device_memory="22.5GiB", memory_bandwidth="300GB/s", cache="48MB", matrix_fp32="30.3TFLOP/s",
             matrix_bf16="121TFLOP/s", host_memory="384GiB", host_bandwidth="204.8GB/s", pcie_bandwidth="32GB/s",
             intra_bandwidth="20GB/s", inter_bandwidth="12.5Gb/s", ssd_memory="3TB", ssd_bandwidth="5GB/s",
         ),
