@@ -3,11 +3,12 @@
 make(config, ...) -> Asked       config, dataset and cluster turned into what the planner takes
 answer(asked) -> dict            what --json prints; infeasible ones have the ways out
 compare(asked, a, b) -> dict     two plans of the same tables side by side
+launch/what_if.py                the same work on several clusters
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from sharding.embeddings import Embeddings
 from sharding.explain import explain, parts_of
 from sharding.plan import describe_solution, rules_of
 from sharding.planner import Infeasible, Limits, Rule, Solution
+from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be planned.  profiles: those beside the built-in ones."""
+    """What is to be planned.  profiles: those beside the built-in ones.  again: the same on another cluster."""
 
     name: str
     work: Work
@@ -37,11 +39,11 @@ class Asked:
     rules: Mapping[str, Rule]
     limits: Limits
     profiles: Mapping[str, Topology]
+    again: Callable[[Topology], "Asked"]
 
     def on(self, cluster: str) -> "Asked":
-        """The same on another cluster."""
-        found = topology.parse(cluster, self.profiles)
-        return replace(self, cluster=found)
+        """The same on another cluster.  UserError where a table's own sharding does not fit it."""
+        return self.again(topology.parse(cluster, self.profiles))
 
 
 def make(
@@ -74,15 +76,20 @@ def make(
         found = planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)
     else:
         found = topology.parse(cluster, known)
-    return Asked(
-        name=config.name,
-        work=planning.work_of_config(config, opened, model, device=found.device),
-        cluster=found,
-        embeddings=model.embeddings,
-        rules=rules_of(model.embeddings, found, planning.constraints_of(config)),
-        limits=planning.limits_of(config, found),
-        profiles=known,
-    )
+
+    def asked_on(cluster: Topology) -> Asked:
+        return Asked(
+            name=config.name,
+            work=planning.work_of_config(config, opened, model, device=cluster.device),
+            cluster=cluster,
+            embeddings=model.embeddings,
+            rules=rules_of(model.embeddings, cluster, planning.constraints_of(config)),
+            limits=planning.limits_of(config, cluster),
+            profiles=known,
+            again=asked_on,
+        )
+
+    return asked_on(found)
 
 
 def _dataset(config: Any, path: Path | None) -> Any:
@@ -122,7 +129,22 @@ def answer(asked: Asked) -> dict[str, Any]:
             "table": short.table,
             "ways_out": [{"how": w.how, "step_ms": 1e3 * w.step, "change": dict(w.change)} for w in ways],
         }
-    return explain(solution) | {"name": asked.name, "plan": describe_solution(solution, asked.embeddings)}
+    step = simulate(solution.load)
+    return explain(solution) | {
+        "name": asked.name,
+        "simulated": figures(step, solution.prices.work.batch_size),
+        "plan": describe_solution(solution, asked.embeddings),
+    }
+
+
+def figures(step: Step, batch_size: int) -> dict[str, Any]:
+    """A simulated step for programs: what no plan changes, such as the host's launches, included."""
+    return {
+        "step_ms": 1e3 * step.seconds,
+        "samples_per_second": batch_size / step.seconds,
+        "bound_by": step.bound_by,
+        "paths_ms": {name: 1e3 * seconds for name, seconds in step.paths.items()},
+    }
 
 
 def compare(asked: Asked, a: str, b: str) -> dict[str, Any]:

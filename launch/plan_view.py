@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sharding.explain import BOUNDS
 from trainer.report_page import milliseconds, runs, size
 
 MANY_RANKS = 16  # above it ranks are summed up: the fullest, the slowest, the mean
@@ -38,6 +39,14 @@ def show(found: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"bottleneck: {escape(found['bottleneck'])}", highlight=False, soft_wrap=True)
+    simulated = found["simulated"]
+    if simulated["step_ms"] > 1.001 * predicted["step_ms"]:
+        console.print(
+            f"a run is slower: {milliseconds(simulated['step_ms'])}, {simulated['samples_per_second']:,.0f} samples/s, "
+            f"whatever the plan; what bounds it is {BOUNDS[simulated['bound_by']]} (docs/scaling.md)",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(_timeline(found))
     console.print(_ranks(found))
     console.print(_tables(found))
@@ -213,3 +222,48 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
         console.print(f"  {escape(moved['name'])}: {_words(moved['a'])} → {_words(moved['b'])}", highlight=False)
     if len(found["differ"]) > MANY_TABLES:
         console.print(f"  and {len(found['differ']) - MANY_TABLES} more tables", highlight=False)
+
+
+def show_what_if(found: dict[str, Any], console: Console) -> None:
+    """Several clusters side by side."""
+    kept = "the batch of each rank" if found["mode"] == "weak" else "the global batch"
+    table = _table(f"the same work on other clusters; {kept} stays")
+    for heading, justify in (
+        ("cluster", "left"), ("ranks", "right"), ("batch", "right"), ("samples/s", "right"), ("efficiency", "right"),
+        ("step", "right"), ("fullest rank", "right"), ("bottleneck", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify, overflow="fold")
+    for c in found["clusters"]:
+        head = (escape(c["cluster"]), f"{c['ranks']:,}", f"{c['batch_size']:,}")
+        if not c["feasible"]:
+            table.add_row(*head, "no plan", "", "", "", escape(first_words(c["why"])), style="yellow")
+            continue
+        table.add_row(
+            *head,
+            f"{c['samples_per_second']:,.0f}",
+            f"{c['efficiency']:.0%}",
+            milliseconds(c["step_ms"]),
+            size(c["most_bytes"]),
+            escape(c["bottleneck"]),
+        )
+    console.print(table)
+    console.print(stop_words(found), highlight=False, soft_wrap=True)
+
+
+def stop_words(found: dict[str, Any]) -> str:
+    """Where scaling stops, in a sentence; empty where the clusters are not one in several sizes."""
+    if found["stops_at"]:
+        return (
+            f"scaling stops at {found['stops_at']}: beyond it a further rank adds less than half of what a rank of the "
+            "smallest cluster does"
+        )
+    if len({c["cluster"].partition(":")[0] for c in found["clusters"]}) > 1 or len(found["clusters"]) < 2:
+        return ""
+    if not any(c["feasible"] for c in found["clusters"]):
+        return "none of these clusters has a plan"
+    return "scaling does not stop among these: each further rank adds at least half of what a rank of the smallest does"
+
+
+def first_words(why: str) -> str:
+    """What was in the way of a plan, without the ways out: up to the first semicolon or line end."""
+    return why.partition("\n")[0].partition(";")[0]

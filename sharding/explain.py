@@ -25,6 +25,23 @@ WORDS = {
     "gradients": "sending the gradients of pooled vectors back",
     "update": "updating table rows and their optimizer state",
 }
+SHORT = {
+    "host": "host work",
+    "dense": "dense layers",
+    "all-reduce": "averaging dense gradients",
+    "dense update": "dense optimizer",
+    "groups": "collectives' latency",
+    "input": "sending ids",
+    "lookup": "looking up rows",
+    "output": "sending pooled vectors",
+    "gradients": "sending their gradients",
+    "update": "updating rows",
+}
+BOUNDS = {
+    "host": "the host: launching the step's operations",
+    "ids": "sending ids, more than is hidden",
+    "links": "the links: all bytes that a rank sends",
+}
 ORDER = ("host", "input", "lookup", "output", "groups", "dense", "all-reduce", "gradients", "update", "dense update")
 
 
@@ -106,6 +123,16 @@ def bottleneck(solution: Solution) -> str:
     if spread > 0.02:
         words += f"; the slowest rank takes {spread:.0%} longer than the mean"
     return words
+
+
+def bound_words(solution: Solution, bound_by: str) -> str:
+    """What bounds a simulated step (sharding/simulate.py), in a few words; of the device's path its longest part."""
+    if bound_by != "device":
+        return BOUNDS[bound_by]
+    parts = parts_of(solution.load, int(solution.load.main.argmax()))
+    if solution.prices.hidden:
+        del parts["input"]
+    return SHORT[max(parts, key=parts.__getitem__)]
 
 
 def _seconds_on(solution: Solution, table: int, rank: int) -> float:
