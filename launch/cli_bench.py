@@ -44,6 +44,14 @@ def bench_plan(
     raise typer.Exit((measured if measure else plan).main(json=as_json) or 0)
 
 
+@app.command("scaling")
+def bench_scaling(as_json: Json = False) -> None:
+    """Simulated steps on GPU clusters beside published throughputs; nothing is run (docs/scaling.md)."""
+    from benchmarks import scaling
+
+    raise typer.Exit(scaling.main(json=as_json) or 0)
+
+
 @app.command("calibrate")
 def bench_calibrate(
     nproc: Annotated[

@@ -13,7 +13,10 @@ def plan(
     config: Annotated[Path, typer.Argument(help="TOML config, such as configs/quickstart.toml.")],
     cluster: Annotated[
         str | None,
-        typer.Option(help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: this machine, train.nproc ranks."),
+        typer.Option(
+            help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: the first of --what-if, else "
+            "this machine with train.nproc ranks."
+        ),
     ] = None,
     dataset: Annotated[
         Path | None, typer.Option(help="A dataset.json, or its folder, where the data is not at data.path.")
@@ -26,16 +29,26 @@ def plan(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Two of: auto, a sharding type, a plan.json, a cluster."),
     ] = None,
+    what_if: Annotated[
+        str | None,
+        typer.Option(metavar="CLUSTERS", help="Other clusters, such as h100-80gb:1..64x8,h200:8x8, beside each other."),
+    ] = None,
+    weak: Annotated[
+        bool, typer.Option("--weak", help="With --what-if: each rank keeps its rows; default: the global batch stays.")
+    ] = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Say where the tables would go on a cluster, whether they fit, and what a step would take; exit code 1 if not."""
     from launch import plan as plans
     from launch import plan_view
+    from launch import what_if as sizes
     from trainer import config as configs
     from trainer import report as reports
 
     resolved = configs.load(config, set_ or [])
+    if cluster is None and what_if is not None:
+        cluster = sizes.first(what_if)
     asked = plans.make(resolved, dataset=dataset, cluster=cluster, hbm=hbm, host_mem=host_mem, profiles=profiles)
     console = console_for(as_json)
     if compare is not None:
@@ -45,10 +58,21 @@ def plan(
         else:
             plan_view.show_comparison(sides, console)
         return
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if what_if is not None:
+        others = sizes.what_if(asked, sizes.clusters(what_if, asked.profiles), weak=weak)
+        if as_json:
+            print_json(others)
+        else:
+            plan_view.show_what_if(others, console)
+        if not any(c["feasible"] for c in others["clusters"]):
+            raise typer.Exit(1)
+        return
+    if weak:
+        raise UserError("--weak: says how --what-if's clusters compare; give --what-if CLUSTERS too")
     found = plans.answer(asked)
     if out is not None and found["feasible"]:
-        if not out.resolve().parent.is_dir():
-            raise UserError(f"--out {out}: the folder {out.parent} does not exist")
         reports.write_json(out.resolve().parent, found["plan"], name=out.name)
     if as_json:
         print_json(found)

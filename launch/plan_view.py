@@ -226,15 +226,16 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
 
 def show_what_if(found: dict[str, Any], console: Console) -> None:
     """Several clusters side by side."""
-    kept = "the batch of each rank" if found["mode"] == "weak" else "the global batch"
-    table = _table(f"the same work on other clusters; {kept} stays")
-    for heading, justify in (
-        ("cluster", "left"), ("ranks", "right"), ("batch", "right"), ("samples/s", "right"), ("efficiency", "right"),
-        ("step", "right"), ("fullest rank", "right"), ("bottleneck", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, overflow="fold")
+    weak = found["mode"] == "weak"
+    batches = {c["batch_size"] for c in found["clusters"]}
+    kept = "the rows of each rank stay" if weak else f"global batch {batches.pop():,}"
+    table = _table(f"the same work on other clusters; {kept}")
+    headings = [("cluster", "left"), ("ranks", "right"), ("samples/s", "right"), ("effi-\nciency", "right")]
+    headings += [("step", "right"), ("fullest\nrank", "right"), ("bottleneck", "left")]
+    for heading, justify in headings:
+        table.add_column(heading, justify=justify, no_wrap=heading != "bottleneck", overflow="fold")
     for c in found["clusters"]:
-        head = (escape(c["cluster"]), f"{c['ranks']:,}", f"{c['batch_size']:,}")
+        head = (escape(c["cluster"]), f"{c['ranks']:,}")
         if not c["feasible"]:
             table.add_row(*head, "no plan", "", "", "", escape(first_words(c["why"])), style="yellow")
             continue
@@ -247,7 +248,7 @@ def show_what_if(found: dict[str, Any], console: Console) -> None:
             escape(c["bottleneck"]),
         )
     console.print(table)
-    console.print(stop_words(found), highlight=False, soft_wrap=True)
+    console.print(stop_words(found), highlight=False)
 
 
 def stop_words(found: dict[str, Any]) -> str:

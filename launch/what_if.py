@@ -1,7 +1,7 @@
 """`tablemesh plan --what-if`: the same work on several clusters, planned and simulated on each.
 
 clusters(text, profiles) -> [Topology]      "h100-80gb:1..64x8,h200:8x8"
-what_if(asked, clusters, ...) -> dict       what --json prints under "what_if"
+what_if(asked, clusters, ...) -> dict       what --json prints
 """
 
 import re
@@ -28,9 +28,15 @@ def clusters(text: str, profiles: Mapping[str, Topology]) -> list[Topology]:
     for cluster in found:
         if cluster.world_size > MOST_RANKS:
             raise UserError(
-                f"--what-if {text}: {cluster.title} has {cluster.world_size:,} ranks; at most {MOST_RANKS:,} are planned"
+                f"--what-if {text}: {cluster.title} has {cluster.world_size:,} ranks; at most {MOST_RANKS:,} are "
+                "planned"
             )
     return list(dict.fromkeys(found))
+
+
+def first(text: str) -> str:
+    """The first of these clusters, as text."""
+    return _doublings(text.split(",")[0].strip())[0]
 
 
 def _doublings(text: str) -> list[str]:
@@ -42,14 +48,6 @@ def _doublings(text: str) -> list[str]:
     if not 1 <= first <= last:
         raise UserError(f"cluster {text!r}: {first}..{last} hosts is not a range, such as {name}:1..64{ranks}")
     return [f"{name}:{first << i}{ranks}" for i in range((last // first).bit_length())]
-
-
-def around(asked: Asked) -> list[Topology]:
-    """The cluster in other sizes: one host and its doublings, up to four times as many hosts."""
-    own = asked.cluster
-    most = min(max(8, 4 * own.hosts), MOST_RANKS // own.ranks_per_host)
-    hosts = sorted({own.hosts, *(1 << i for i in range(most.bit_length()))})
-    return [own.sized(hosts=n, ranks_per_host=own.ranks_per_host) for n in hosts if n <= max(most, own.hosts)]
 
 
 def what_if(

@@ -128,7 +128,7 @@ def bottleneck(solution: Solution) -> str:
 def bound_words(solution: Solution, bound_by: str) -> str:
     """What bounds a simulated step (sharding/simulate.py), in a few words; of the device's path its longest part."""
     if bound_by != "device":
-        return BOUNDS[bound_by]
+        return {"host": "launching (host)", "ids": "sending ids", "links": "all that is sent"}[bound_by]
     parts = parts_of(solution.load, int(solution.load.main.argmax()))
     if solution.prices.hidden:
         del parts["input"]

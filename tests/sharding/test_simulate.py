@@ -6,7 +6,17 @@ import pytest
 
 from sharding.cost import DenseWork, TableLoad, Work, allreduce_seconds, collective_latency, load
 from sharding.planner import Rule, solve
-from sharding.simulate import GRAPH_OP_SECONDS, TABLEMESH, Point, Program, Step, point, simulate, stops_at, with_efficiency
+from sharding.simulate import (
+    GRAPH_OP_SECONDS,
+    TABLEMESH,
+    Point,
+    Program,
+    Step,
+    point,
+    simulate,
+    stops_at,
+    with_efficiency,
+)
 from sharding.topology import parse
 
 DENSE = DenseWork(flops_per_row=1e8, bytes_per_row=1e5, ops=50, parameters=1e7)
@@ -53,7 +63,8 @@ def test_a_recorded_step_costs_the_host_nothing_and_its_kernels_stand_closer():
 
 def test_a_cluster_without_a_plan_says_why():
     missing = point(work(65_537), parse("h100-80gb:1x8"))
-    assert missing.step is None and missing.samples_per_second == 0 and "does not divide over the 8 ranks" in missing.why
+    assert missing.step is None and missing.samples_per_second == 0
+    assert "does not divide over the 8 ranks" in missing.why
     rules = {"t0": Rule(shardings=frozenset(["row_wise"]), said="a rule")}
     assert point(work(), parse("h100-80gb:1x8"), rules=rules).step is not None
 
