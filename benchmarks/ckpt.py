@@ -1,43 +1,58 @@
 """`tablemesh bench ckpt`: saving and restoring beside a plain write and read of the same bytes on the same disk.
 
-A made-up model of 8 tables of 64 columns with row-wise Adagrad's state, 2 GB together, on one rank.  Save and restore
-do all they do in a run: DCP's planning, hashing, fsync, manifest, verification.  The baselines write the bytes to one
-new file in pieces of 16 MiB, fsync it and put it in the old one's place, as a checkpoint replaces one of its step
-(fresh page cache costs more than the disk where a virtual machine has to be given it), and read it back.  Before each
-read the page cache is told to forget the file.
-The pause is what the training waits for when a save goes on in the background, as in a run: tables are copied beside
-the steps (the rows that these keep meanwhile are not counted here); its baseline is a save that copies nothing.  The
-last row is the size of a delta after 1% of the rows were touched, beside the full one's.
+The model is the one of `bench step` with tables so large that they and row-wise Adagrad's state take 2 GB, on one rank.
+Save and restore do all they do in a run: DCP's planning, hashing, fsync, manifest, verification.
+
+The baselines write the same bytes one after the other to a new file, in pieces of 16 MiB, and fsync it, as ours are.
+What it replaces is removed before the clock starts, on either side: a file that is written over gets back the very
+pages of the cache that it had, which no checkpoint does, as it stands beside the one before.  There are two of them:
+through the page cache, which is how files are written plainly, and past it (O_DIRECT), as ours are written; the first
+pays for fresh memory, which on a virtual machine can cost more than the disk, so both must be reached.
+The restore's baseline reads that file in pieces of 16 MiB into one buffer, through the cache.  Before either side the
+cache is told to forget all files.
+
+A background save is made while training steps run.  Its pause is all that the steps stop for: `save` itself, and the
+rows that they keep for the copy of the tables beside them; its baseline is the save above, which copies nothing.
+What a step takes beside a save, and what marking the touched rows for deltas adds to it, stand beside a whole step.
+The last row is the size of a delta after 1% of every table's rows were looked up and updated, beside the full one's.
 """
 
 import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.base import Row, paired, rate_row, report
+from benchmarks.base import Row, Timed, rate_row, report, timed
+from benchmarks.workload import Side, Workload, ours
 from sharding.snapshot import Snapshot
-from trainer.checkpoint import storage
+from sharding.table_state import fused_kernels
+from sharding.touched import Touched
+from trainer.checkpoint import state, storage
 from trainer.checkpoint.chain import open_chain
 from trainer.checkpoint.files import bytes_of, verify
 from trainer.checkpoint.manifest import Manifest, Position
 from trainer.checkpoint.place import Place
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.storage import Part
+from trainer.checkpoint.stream import Stream
 from trainer.config import Checkpoint
+from trainer.data.batch import Batch
 from trainer.runlog import RunLog
 from trainer.world import World
 
-TABLES, COLUMNS = 8, 64
 TOUCHED = 0.01
-PAIRS = 3
+PAIRS = 5
+SAVES = 4  # in the background; the first one, which makes the buffers, is not counted
+STEPS = 8  # undisturbed
 PIECE = 16 << 20
 
 
@@ -51,59 +66,59 @@ def main(*, json: bool = False, folder: Path | None = None, gigabytes: float = 2
 
 
 def measure(work: Path, gigabytes: float) -> list[Row]:
-    parts = model(gigabytes)
-    size = sum(part.nbytes for part in parts)
-    place, plain = Place(work / "c"), work / "plain"
-
-    def save() -> None:
-        storage.write(parts, place, "step_1", about)
-
-    def plain_write() -> None:
-        with open(work / "new", "wb", buffering=0) as file:
-            for part in parts:
-                data = bytes_of(part.tensor)
-                for at in range(0, len(data), PIECE):
-                    file.write(data[at : at + PIECE])
-            os.fsync(file.fileno())
-        os.replace(work / "new", plain)
-
-    saves = paired(save, plain_write, pairs=PAIRS)
-    manifest = open_chain(place, "step_1").manifest
-    whole = not verify(place, "step_1", manifest)
-    found = [rate_row("save", saves, count=size, baseline_name="plain write + fsync", correct=whole, unit="B/s")]
-
-    read = [replace(part, tensor=torch.zeros_like(part.tensor)) for part in parts]
-    buffer = bytearray(PIECE)
-
-    def restore() -> None:
-        open_chain(place, "step_1").load(read)
-
-    def plain_read() -> None:
-        with open(plain, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-    files = [Path(place.path("step_1", file)) for file in manifest.files]
-    runs = paired(cold(restore, files), cold(plain_read, [plain]), pairs=PAIRS)
-    equal = all(torch.equal(a.tensor, b.tensor) for a, b in zip(parts, read, strict=True))
-    found.append(rate_row("restore", runs, count=size, baseline_name="plain read", correct=equal, unit="B/s"))
-    plain.unlink()
-    free_save = statistics.median(ours.seconds for ours, _ in saves)
-    found.append(pause(parts, place, work, free_save))
-    found.append(delta(parts, place, size))
+    workload = Workload()
+    row_bytes = 4 * (workload.dim + 1)  # the weights and row-wise Adagrad's number
+    workload = replace(workload, rows=max(workload.batch, int(gigabytes * 1e9 / workload.tables / row_bytes)))
+    side = ours(workload)
+    place = Place(work / "c")
+    parts = state.parts_of(side.pipeline.dmp, side.pipeline.optimizer)
+    found, free_save = save(parts, place, work)
+    found.append(restore(parts, place, work))
+    found += beside_steps(side, place, work, free_save)
+    found += delta(side, workload, place)
     return found
 
 
-def model(gigabytes: float) -> list[Part]:
-    rows = int(gigabytes * 1e9 / TABLES / (4 * COLUMNS + 4))
-    generator = torch.Generator().manual_seed(1)
-    parts = []
-    for t in range(TABLES):
-        weights = torch.randn(rows, COLUMNS, generator=generator)
-        for name, tensor in (("weight", weights), (f"sum:0-{COLUMNS}", weights[:, 0].square().contiguous())):
-            part = storage.whole(f"tables/t{t}/{name}", tensor)
-            parts.append(replace(part, table=f"t{t}"))
-    return parts
+def save(parts: Sequence[Part], place: Place, work: Path) -> tuple[list[Row], float]:
+    """(rows, seconds of a save); leaves the checkpoint step_1 and the plain file."""
+    size = sum(part.nbytes for part in parts)
+
+    def plain(*, cached: bool) -> Callable[[], None]:
+        def write() -> None:
+            with open(work / "plain", "wb", buffering=0) as file:
+                out = file if cached else Stream(file.fileno(), buffer_bytes=PIECE)
+                for part in parts:
+                    data = bytes_of(part.tensor)
+                    for at in range(0, len(data), PIECE):
+                        out.write(data[at : at + PIECE])
+                if isinstance(out, Stream):
+                    out.finish()
+                os.fsync(file.fileno())
+
+        return write
+
+    def fresh(run: Callable[[], None]) -> Callable[[], Timed]:
+        def after_removing() -> Timed:
+            shutil.rmtree(work / "c", ignore_errors=True)
+            (work / "plain").unlink(missing_ok=True)
+            os.sync()
+            return timed(run)
+
+        return after_removing
+
+    sides = [fresh(plain(cached=True)), fresh(plain(cached=False)), fresh(lambda: write(parts, place))]
+    runs = [[side() for side in sides] for _ in range(PAIRS + 1)][1:]
+    whole = not verify(place, "step_1", open_chain(place, "step_1").manifest)
+    plain(cached=True)()
+    rows = [
+        rate_row("save", [(run[2], run[k]) for run in runs], count=size, baseline_name=name, correct=whole, unit="B/s")
+        for k, name in enumerate(("plain write + fsync", "plain write past the cache + fsync"))
+    ]
+    return rows, statistics.median(run[2].seconds for run in runs)
+
+
+def write(parts: Sequence[Part], place: Place) -> None:
+    storage.write(parts, place, "step_1", about)
 
 
 def about(files: dict, tensors: dict) -> Manifest:
@@ -111,70 +126,144 @@ def about(files: dict, tensors: dict) -> Manifest:
     return Manifest(position=position, config="", values={}, files=files, tensors=tensors)
 
 
-def cold(work, files: list[Path]):
-    """`work` after the page cache has been told to forget the files; that is part of neither side's work."""
+def restore(parts: Sequence[Part], place: Place, work: Path) -> Row:
+    size = sum(part.nbytes for part in parts)
+    read = [replace(part, tensor=torch.zeros_like(part.tensor)) for part in parts]
+    buffer = bytearray(PIECE)
 
-    def run() -> None:
-        for path in files:
+    def plain_read() -> None:
+        with open(work / "plain", "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    def cold(run: Callable[[], None]) -> Timed:
+        for path in (*(work / "c/step_1").iterdir(), work / "plain"):
             handle = os.open(path, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-        work()
+        return timed(run)
 
-    return run
+    def load() -> None:
+        open_chain(place, "step_1").load(read)
+
+    runs = [(cold(load), cold(plain_read)) for _ in range(PAIRS + 1)][1:]
+    equal = all(torch.equal(a.tensor, b.tensor) for a, b in zip(parts, read, strict=True))
+    (work / "plain").unlink()
+    return rate_row("restore", runs, count=size, baseline_name="plain read", correct=equal, unit="B/s")
 
 
-def pause(parts: Sequence[Part], place: Place, work: Path, free_save: float) -> Row:
-    """Two background saves: what the second one's steps would have waited for (the first makes the buffers)."""
+def beside_steps(side: Side, place: Place, work: Path, free_save: float) -> list[Row]:
+    """Background saves while training steps run: what they wait for, and how long they take meanwhile."""
+    pipeline = side.pipeline
     saver = Saver(place, Checkpoint(background=True), World.from_env(), RunLog(work, enabled=False))
-    watched = [replace(part, watched=True) for part in parts]
-    pauses = []
-    for step in (2, 3, 4, 5):
-        before = time.perf_counter()
-        saver.save(watched, about, step=step, snapshot=Snapshot(()))
-        pauses.append(time.perf_counter() - before)
+    snapshot = Snapshot(fused_kernels(pipeline.dmp.module))
+    side.run(STEPS)
+    alone, _ = side.run(STEPS)
+    pauses, steps, right = [], [], True
+    for number in range(2, 2 + SAVES):
+        parts = state.parts_of(pipeline.dmp, pipeline.optimizer)
+        expected = {part.name: xxhash.xxh3_128_digest(bytes_of(part.tensor)) for part in parts}
+        before = saver.totals.pause_seconds
+        saver.save(parts, about, step=number, snapshot=snapshot)
+        seconds = []
+        while saver.writing():
+            seconds += side.run(1)[0]
         saver.wait()
-    right = not verify(place, "step_5", open_chain(place, "step_5").manifest)
-    ours = statistics.median(pauses[1:])
-    return Row(
-        name="pause of a background save",
-        unit="ms",
-        ours=1e3 * ours,
-        baseline=1e3 * free_save,
-        baseline_name="a save that copies nothing",
-        ratio=free_save / ours,
-        correct=right,
-    )
+        if number > 2:
+            steps += seconds
+            pauses.append(saver.totals.pause_seconds - before)
+        chain = open_chain(place, f"step_{number}")
+        right &= all(xxhash.xxh3_128_digest(bytes_of(chain.read(name))) == found for name, found in expected.items())
+    pause, undisturbed, disturbed = statistics.median(pauses), statistics.median(alone), statistics.median(steps)
+    return [
+        Row(
+            name="pause of a save beside steps",
+            unit="ms",
+            ours=1e3 * pause,
+            baseline=1e3 * free_save,
+            baseline_name="a save that copies nothing",
+            ratio=free_save / pause,
+            correct=right,
+        ),
+        Row(
+            name="a step beside a save",
+            unit="ms",
+            ours=1e3 * disturbed,
+            baseline=1e3 * undisturbed,
+            baseline_name="a step alone",
+            ratio=undisturbed / disturbed,
+            correct=right,
+        ),
+    ]
 
 
-def delta(parts: Sequence[Part], place: Place, size: int) -> Row:
-    """The bytes on the disk of a delta with 1% of every table's rows, read back together with what it is a delta to."""
-    base = open_chain(place, "step_5")
-    generator = torch.Generator().manual_seed(2)
-    changed: list[Part] = []
-    for t in range(TABLES):
-        weights, sums = parts[2 * t].tensor, parts[2 * t + 1].tensor
-        rows_U = torch.randperm(len(weights), generator=generator)[: int(TOUCHED * len(weights))].sort().values
-        weights[rows_U] += 1
-        sums[rows_U] += 1
-        values = {"rows": rows_U, "weight": weights[rows_U], "sum": sums[rows_U]}
-        for what, tensor in values.items():
-            changed.append(replace(storage.whole(f"tables/t{t}/delta:0-0/{what}", tensor), table=f"t{t}"))
+def delta(side: Side, workload: Workload, place: Place) -> list[Row]:
+    """A delta after 1% of every table's rows, read back together with what it is a delta to; and what marking costs."""
+    pipeline, name = side.pipeline, f"step_{1 + SAVES}"
+    place.remove(name)
+    parts = state.parts_of(pipeline.dmp, pipeline.optimizer)
+    storage.write(parts, place, name, about)
+    kernels = list(fused_kernels(pipeline.dmp.module))
+    touched = Touched(pipeline.dmp.module)
+    inputs: dict[int, tuple] = {}
+    noting = [k.register_forward_pre_hook(lambda k, given: inputs.update({id(k): given})) for k in kernels]
+    batch = some_rows(workload, int(TOUCHED * workload.rows))
+    with pipeline.paused():
+        loss, _ = pipeline.dmp(batch)
+        loss.backward()
+    pipeline.optimizer.step()
+    base = open_chain(place, name)
+    marked = touched.take()
 
     def as_delta(files: dict, tensors: dict) -> Manifest:
-        return replace(about(files, tensors), kind="delta", parent={"name": base.name, "id": base.manifest.id})
+        return replace(about(files, tensors), kind="delta", parent={"name": name, "id": base.manifest.id})
 
-    storage.write(changed, place, "step_6", as_delta)
-    chain = open_chain(place, "step_6")
-    right = all(torch.equal(chain.read(part.name), part.tensor) for part in parts)
-    taken = sum(place.sizes("step_6").values())
-    shutil.rmtree(place.path("step_6"))
-    return Row(
-        name="delta after touching 1% of the rows",
-        unit="MB",
-        ours=taken / 1e6,
-        baseline=size / 1e6,
-        baseline_name="a full checkpoint",
-        ratio=size / taken,
-        correct=right,
+    changed = state.parts_of(pipeline.dmp, pipeline.optimizer, fused=False) + state.delta_parts(pipeline.dmp, marked)
+    storage.write(changed, place, "step_9", as_delta)
+    chain = open_chain(place, "step_9")
+    now = state.parts_of(pipeline.dmp, pipeline.optimizer)
+    right = all(torch.equal(chain.read(part.name), part.tensor) for part in now)
+    full, taken = (sum(place.sizes(n).values()) for n in (name, "step_9"))
+
+    seconds, _ = side.run(STEPS)
+    marks = [timed(lambda: [touched.mark(k, *inputs[id(k)][:1]) for k in kernels]).seconds for _ in range(5 * STEPS)]
+    for hook in noting:
+        hook.remove()
+    step, mark = statistics.median(seconds), statistics.median(marks)
+    return [
+        Row(
+            name="marking a step's rows for deltas",
+            unit="ms",
+            ours=1e3 * mark,
+            baseline=1e3 * step,
+            baseline_name="a step",
+            ratio=step / mark,
+            correct=right,
+        ),
+        Row(
+            name=f"delta after touching {100 * TOUCHED:.0f}% of the rows",
+            unit="MB",
+            ours=taken / 1e6,
+            baseline=full / 1e6,
+            baseline_name="a full checkpoint",
+            ratio=full / taken,
+            correct=right,
+        ),
+    ]
+
+
+def some_rows(workload: Workload, count: int) -> Batch:
+    """A batch that looks up `count` different rows of every table, one a sample."""
+    generator = torch.Generator().manual_seed(2)
+    ids: list[Tensor] = [torch.randperm(workload.rows, generator=generator)[:count] for _ in workload.features]
+    keys = workload.features
+    return Batch(
+        dense_BK=torch.rand(count, workload.dense, generator=generator),
+        ids=KeyedJaggedTensor(
+            keys=keys, values=torch.cat(ids), lengths=torch.ones(count * len(keys), dtype=torch.int64), stride=count
+        ),
+        labels_BT=torch.ones(count, 1),
+        weight_B=torch.ones(count),
+        row_B=torch.arange(count),
+        rows_in_step=count,
     )

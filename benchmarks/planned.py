@@ -132,7 +132,7 @@ def train(case: Case) -> Side:
     pipeline = build_pipeline("overlapped", dmp, build_optimizer(OPTIM, dmp), device=cpu)
     dmp.train()
     made = cycle([_batch(case, dist.get_rank(), i) for i in range(BATCHES)])
-    return Side(lambda given: pipeline.step(given)[0], made)
+    return Side(lambda given: pipeline.step(given)[0], made, pipeline)
 
 
 class Cases:

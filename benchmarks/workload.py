@@ -65,8 +65,8 @@ class Workload:
 class Side:
     """A pipeline over a workload, and the losses that it came to."""
 
-    def __init__(self, step: Any, batches: Iterator[Any]) -> None:
-        self._step, self._batches = step, batches
+    def __init__(self, step: Any, batches: Iterator[Any], pipeline: Any) -> None:
+        self._step, self._batches, self.pipeline = step, batches, pipeline
 
     def run(self, steps: int) -> tuple[list[float], list[float]]:
         """(seconds, loss) of each step."""
@@ -137,7 +137,7 @@ def ours(workload: Workload, precision: str = "fp32", kernel: str = "auto") -> "
         )
         for dense_BK, ids, labels_B in workload.batches(rank)
     ]
-    return Side(lambda given: pipeline.step(given)[0], cycle(batches))
+    return Side(lambda given: pipeline.step(given)[0], cycle(batches), pipeline)
 
 
 def stock(workload: Workload) -> "Side":
@@ -190,7 +190,7 @@ def stock(workload: Workload) -> "Side":
     pipeline = TrainPipelineSparseDist(dmp, optimizer, cpu, execute_all_batches=True)
     dmp.train()
     batches = [StockBatch(dense_BK, ids, labels_B) for dense_BK, ids, labels_B in workload.batches(rank)]
-    return Side(lambda given: pipeline.progress(given)[0], cycle(batches))
+    return Side(lambda given: pipeline.progress(given)[0], cycle(batches), pipeline)
 
 
 def _tables(workload: Workload) -> list[Any]:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from sharding.table_state import fused_kernels, tables_of
+from sharding.table_state import Fused, fused_kernels, tables_of
 
 Key = tuple[str, int, int]  # table, first row, first column of a part
 
@@ -26,13 +27,15 @@ Key = tuple[str, int, int]  # table, first row, first column of a part
 class Touched:
     def __init__(self, task: nn.Module) -> None:
         self._marks: dict[Key, Tensor] = {}
+        self._of_feature: dict[int, list[Tensor]] = {}  # by the kernel's id
         for kernel in fused_kernels(task):
             marks = []
             for name, row, rows, column, _ in tables_of(kernel):
                 device = kernel.emb_module.split_embedding_weights()[0].device
                 marks.append(torch.zeros(rows, dtype=torch.bool, device=device))
                 self._marks[name, row, column] = marks[-1]
-            kernel.register_forward_pre_hook(_Hook(marks, list(kernel.emb_module.feature_table_map)))
+            self._of_feature[id(kernel)] = [marks[table] for table in kernel.emb_module.feature_table_map]
+            kernel.register_forward_pre_hook(self._before)
 
     def take(self) -> dict[Key, Tensor]:
         """(U,) int64 rows of each part, counted from the part's first, ascending; the marks are cleared."""
@@ -45,15 +48,12 @@ class Touched:
         for key, rows_U in rows.items():
             self._marks[key].index_fill_(0, rows_U, True)
 
-
-class _Hook:
-    def __init__(self, marks: list[Tensor], table_of_feature: list[int]) -> None:
-        self.marks = [marks[table] for table in table_of_feature]
-
-    def __call__(self, kernel: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled():
-            return  # an evaluation updates nothing
-        features = inputs[0]
+    def mark(self, kernel: Fused, features: KeyedJaggedTensor) -> None:
+        """What a call of the kernel looks up is touched."""
         ids, ends = features.values(), features.offset_per_key()
-        for marks_E, start, end in zip(self.marks, ends, ends[1:], strict=False):
+        for marks_E, start, end in zip(self._of_feature[id(kernel)], ends, ends[1:], strict=False):
             marks_E.index_fill_(0, ids[start:end].long(), True)
+
+    def _before(self, kernel: Fused, inputs: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():  # an evaluation updates nothing
+            self.mark(kernel, inputs[0])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
+from trainer.checkpoint.stream import Stream
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -126,28 +127,17 @@ class Place:
             os.rename(self.path(entry), self.path(name))
 
     @contextmanager
-    def create(self, name: str, file: str, *, sync: bool = True) -> Iterator[Any]:
-        """A file of the checkpoint in the making: `write(bytes-like)`.
-
-        On the disk when the block ends; with sync=False, once `sync` was called for it.
-        """
+    def create(self, name: str, file: str) -> Iterator[Any]:
+        """A file of the checkpoint in the making: `write(bytes-like)`; on the disk when the block ends.  Any thread."""
         if self.url:
             with self._fs.open(self.path(name, file), "wb") as stream:
                 yield stream
             return
-        with open(self.path(name + PARTIAL, file), "wb", buffering=0) as stream:
-            yield _Whole(stream)
-            if sync:
-                os.fsync(stream.fileno())
-
-    def sync(self, name: str, file: str) -> None:
-        """Wait until a file of the checkpoint in the making is on the disk."""
-        if not self.url:
-            handle = os.open(self.path(name + PARTIAL, file), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        with open(self.path(name + PARTIAL, file), "wb", buffering=0) as opened:
+            stream = Stream(opened.fileno())
+            yield stream
+            stream.finish()
+            os.fsync(opened.fileno())
 
     def publish(self, name: str, manifest: bytes) -> None:
         """Write the manifest: from here on the checkpoint exists, and replaces one of the same name."""
@@ -201,18 +191,6 @@ class Place:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
-
-
-class _Whole:
-    """A raw file whose `write` writes all of it: one call of the system may write less (2 GiB at most on Linux)."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            view = view[self._stream.write(view) :]
 
 
 def step_of(name: str) -> int:

@@ -91,10 +91,10 @@ class Saver:
             save.pause_seconds = time.perf_counter() - started
             self._note(save, raising=must)
             return
-        save.snapshot = snapshot
-        if snapshot is not None:
+        if snapshot is not None and any(part.watched for part in parts):
+            save.snapshot = snapshot
             snapshot.begin()
-        save.parts = [part if self._later(part, snapshot) else self._copy(part) for part in parts]
+        save.parts = [part if self._later(part, save.snapshot) else self._copy(part) for part in parts]
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         save.pause_seconds = time.perf_counter() - started
@@ -102,8 +102,12 @@ class Saver:
         self._running = save
         save.thread.start()
 
+    def writing(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._running is not None and self._running.thread is not None and self._running.thread.is_alive()
+
     def poll(self) -> None:
-        if self._running is not None and self._running.thread is not None and not self._running.thread.is_alive():
+        if not self.writing():
             self.wait()
 
     def wait(self) -> None:
@@ -118,30 +122,32 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, part: Part) -> Part:
-        """The part with a copy in host memory, in a buffer that is used again at the next save."""
+        """The part with a copy in host memory."""
         if part.copied:
             return part
-        key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
-        if key not in self._buffers:
-            self._buffers[key] = self._buffer(part.tensor)
-        return replace(part, tensor=self._buffers[key].copy_(part.tensor, non_blocking=True), copied=True)
+        return replace(part, tensor=self._room(part).copy_(part.tensor, non_blocking=True), copied=True)
 
     @torch.no_grad()
     def _copy_watched(self, save: "_Save") -> None:
-        """In the background: copy the tables, then put back the rows that the steps have changed meanwhile."""
+        """In the background: copy the tables as they were when the save began."""
         if save.snapshot is None:
             return
-        later = {part.tensor.data_ptr(): i for i, part in enumerate(save.parts) if self._later(part, save.snapshot)}
+        rooms: dict[int, torch.Tensor] = {}
         try:
-            parts = [self._copy(part) if i in later.values() else part for i, part in enumerate(save.parts)]
+            rooms = {p.tensor.data_ptr(): self._room(p) for p in save.parts if self._later(p, save.snapshot)}
         finally:
-            kept = save.snapshot.end()
-        for tensor, rows_U, values in kept:
-            if tensor in later:
-                parts[later[tensor]].tensor.index_copy_(
-                    0, rows_U, values.view(-1, *parts[later[tensor]].tensor.shape[1:])
-                )
-        save.parts = parts
+            save.snapshot.copy(rooms)  # without memory for a copy: nothing, and no more rows are kept
+        save.parts = [
+            replace(p, tensor=rooms[p.tensor.data_ptr()], copied=True) if self._later(p, save.snapshot) else p
+            for p in save.parts
+        ]
+
+    def _room(self, part: Part) -> torch.Tensor:
+        """A host buffer for the part, used again at the next save."""
+        key = (part.name, part.offset, part.tensor.shape, part.tensor.dtype)
+        if key not in self._buffers:
+            self._buffers[key] = self._buffer(part.tensor)
+        return self._buffers[key]
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cuda":
@@ -208,6 +214,7 @@ class Saver:
     def _note(self, save: "_Save", *, raising: bool) -> None:
         """Log how a save went, add it up; an error is raised or becomes a warning."""
         background = save.thread is not None
+        save.pause_seconds += save.snapshot.seconds if save.snapshot is not None else 0.0
         self.totals.pause_seconds += save.pause_seconds
         self.totals.background_seconds += save.seconds if background else 0.0
         if save.done is not None:

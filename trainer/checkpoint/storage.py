@@ -38,7 +38,8 @@ from trainer.checkpoint.files import READERS, Files, write_tensor
 from trainer.checkpoint.manifest import DTYPES, Chunk, Damaged, Entry, Manifest
 from trainer.checkpoint.place import Place
 
-FILE_BYTES = 256 << 20  # a rank's file is closed once it is this large
+FILE_BYTES = 128 << 20  # a rank's file is closed once it is this large
+WRITERS = 2  # files that a rank writes at a time: one is copied and hashed while the disk has the other's bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +165,27 @@ class _SavePlanner(DefaultSavePlanner):
         return self.parts[item.index]
 
 
+@dataclass(frozen=True)
+class _Box:
+    """Rows of a part that are written in one file."""
+
+    part: Part
+    rows: slice  # relative to the part
+    nbytes: int
+
+
+def _boxes(part: Part) -> list[_Box]:
+    """A large part in boxes of FILE_BYTES, so that several writers share a table; one that is made is small."""
+    if not part.tensor.numel() or not part.size or part.make:
+        return [_Box(part, slice(0, part.tensor.shape[0] if part.size else 1), part.nbytes)]
+    rows, row = part.tensor.shape[0], part.nbytes // part.tensor.shape[0]
+    step = max(1, FILE_BYTES // row)
+    return [
+        _Box(part, slice(first, min(first + step, rows)), (min(first + step, rows) - first) * row)
+        for first in range(0, rows, step)
+    ]
+
+
 class _Writer(StorageWriter):
     def __init__(self, place: Place, name: str, about: Callable[[dict, dict], Manifest]) -> None:
         self.place, self.name, self.about = place, name, about
@@ -185,41 +207,42 @@ class _Writer(StorageWriter):
         return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: Any) -> Future:
-        """This rank's parts, a table's side by side, in files rank_R.0.bin, rank_R.1.bin, ..."""
+        """This rank's parts, a table's side by side, in files rank_R.0.bin, rank_R.1.bin, ...; WRITERS at a time."""
         items = sorted(plan.items, key=lambda item: (planner.part(item).table or "", item.index.fqn, item.index.offset))
-        results: list[WriteResult] = []
-        number = 0
-        with ThreadPoolExecutor(1, thread_name_prefix="tablemesh-fsync") as syncing:  # a file while the next is written
-            synced = []
-            while items:
-                file = f"rank_{plan.storage_data}.{number}.bin"
-                with self.place.create(self.name, file, sync=False) as out:
-                    at = 0
-                    while items and at < FILE_BYTES:
-                        result = self._write_item(items.pop(0), planner, out, file, at)
-                        results.append(result)
-                        at += result.size_in_bytes
-                synced.append(syncing.submit(self.place.sync, self.name, file))
-                number += 1
-            for one in synced:
-                one.result()
+        files: list[list[_Box]] = []
+        room = 0
+        for box in (box for item in items for box in _boxes(planner.part(item))):
+            if room <= 0:
+                files.append([])
+                room = FILE_BYTES
+            files[-1].append(box)
+            room -= box.nbytes
+        names = [f"rank_{plan.storage_data}.{number}.bin" for number in range(len(files))]
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="tablemesh-write") as pool:
+            results = [result for of_file in pool.map(self._write_file, names, files) for result in of_file]
         done: Future = Future()
         done.set_result(results)
         return done
 
-    def _write_item(self, item: WriteItem, planner: Any, out: Any, file: str, at: int) -> WriteResult:
-        part = planner.part(item)
-        tensor = (part.make() if part.make else part.tensor).detach().to("cpu").contiguous()
-        rows, hashes = write_tensor(out, tensor)
-        chunk = Chunk(
-            offset=tuple(item.index.offset or ()),
-            size=tuple(tensor.shape),
-            file=file,
-            at=at,
-            piece_rows=rows,
-            hashes=tuple(hashes),
-        )
-        return WriteResult(index=item.index, size_in_bytes=tensor.numel() * tensor.element_size(), storage_data=chunk)
+    def _write_file(self, file: str, boxes: Sequence["_Box"]) -> list[WriteResult]:
+        results, at = [], 0
+        with self.place.create(self.name, file) as out:
+            for box in boxes:
+                part = box.part
+                tensor = (part.make() if part.make else part.tensor[box.rows] if part.size else part.tensor).detach()
+                tensor = tensor.to("cpu").contiguous()
+                rows, hashes = write_tensor(out, tensor)
+                chunk = Chunk(
+                    offset=(part.offset[0] + box.rows.start, *part.offset[1:]) if part.size else (),
+                    size=tuple(tensor.shape),
+                    file=file,
+                    at=at,
+                    piece_rows=rows,
+                    hashes=tuple(hashes),
+                )
+                results.append(WriteResult(index=part.index, size_in_bytes=box.nbytes, storage_data=chunk))
+                at += box.nbytes
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, int] = {}
