@@ -3,6 +3,8 @@
     KernelSharder(backend=..., optimizer=...)                  for DistributedModelParallel
     FusedEmbeddingBag                                          stands for BatchedFusedEmbeddingBag
 
+(For an EmbeddingCollection, which does not pool: sharding/sequence_kernel.py.)
+
 Nothing of TorchRec is patched: the sharder, the sharded collection and the look-up are subclasses, and data-parallel
 tables keep TorchRec's dense kernel.  FusedEmbeddingBag gives TorchRec's EmbeddingFusedOptimizer what it asks of
 FBGEMM's module (`_Tables`), so that the fused optimizer, the state dict (weights of a shard as (rows, columns), states
@@ -133,24 +135,20 @@ class KernelLookup(GroupedPooledEmbeddingsLookup):
         return FusedEmbeddingBag(config, pg, device=device, **self._kernel)
 
 
-class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
-    """One group of tables of one rank, all looked up, and updated, in one call."""
+class FusedKernel(FusedOptimizerModule):
+    """One group of tables of one rank, all looked up, and updated, in one call: what both collections' kernels share.
 
-    def __init__(
-        self,
-        config: GroupedEmbeddingConfig,
-        pg: Any,
-        *,
-        device: torch.device,
-        backend: str,
-        optimizer: Optimizer,
-        output: torch.dtype,
+    Stands before TorchRec's BaseBatchedEmbeddingBag or BaseBatchedEmbedding, whose constructor comes first.
+    """
+
+    def _make(
+        self, *, pooling: str, device: torch.device, backend: str, optimizer: Optimizer, output: torch.dtype
     ) -> None:
-        super().__init__(config, pg, device)
-        assert config.pooling is PoolingType.SUM, "sharding/embeddings.py divides for the mean itself"
+        config = self._config
         spec = Spec(
             tables=tuple(Table(rows=t.local_rows, dim=t.local_cols, name=t.name) for t in config.embedding_tables),
             features=tuple(self._feature_table_map),
+            pooling=pooling,
             optimizer=optimizer,
             output=output,
             weighted=config.is_weighted,
@@ -160,13 +158,6 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
         self.bags = TableBatchedEmbeddingBag(spec, backend=backend, device=device)
         self._emb_module = _Tables(self.bags)
         self._optim = EmbeddingFusedOptimizer(config, self._emb_module, self._pg)
-
-    def forward(
-        self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None
-    ) -> Tensor:
-        assert not features.variable_stride_per_key() and vbe_output is None, "one stride for all features"
-        weights_N = features.weights() if self.bags.spec.weighted else None
-        return self.bags(features.values(), features.offsets(), weights_N)
 
     @property
     def emb_module(self) -> "_Tables":
@@ -224,6 +215,22 @@ class FusedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         yield from ()
+
+
+class FusedEmbeddingBag(FusedKernel, BaseBatchedEmbeddingBag[Tensor]):
+    """In the place of TorchRec's BatchedFusedEmbeddingBag."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, pg: Any, *, device: torch.device, **kernel: Any) -> None:
+        super().__init__(config, pg, device)
+        assert config.pooling is PoolingType.SUM, "sharding/embeddings.py divides for the mean itself"
+        self._make(pooling="sum", device=device, **kernel)
+
+    def forward(
+        self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None
+    ) -> Tensor:
+        assert not features.variable_stride_per_key() and vbe_output is None, "one stride for all features"
+        weights_N = features.weights() if self.bags.spec.weighted else None
+        return self.bags(features.values(), features.offsets(), weights_N)
 
 
 class _Tables:
