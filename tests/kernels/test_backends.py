@@ -176,11 +176,11 @@ def test_stochastic_rounding_is_right_on_average(backend):
     for _ in range(2):
         bags = TableBatchedEmbeddingBag(spec, backend=backend)
         bags.state.tables[0].fill_(1.0)
-        for _ in range(10):
+        for _ in range(20):
             bags(torch.arange(2000), torch.arange(2001)).sum().backward()
         found.append(bags.state.tables[0].float())
     assert torch.equal(*found)
-    moved = (1 - found[0].double()).mean().item() / (10 * spec.optimizer.lr)
+    moved = (1 - found[0].double()).mean().item() / (20 * spec.optimizer.lr)
     assert 0.95 < moved < 1.05
 
 
@@ -197,15 +197,22 @@ def test_bad_ids_are_named(backend):
         bags(torch.tensor([4, 2]), torch.tensor([0, 3, 2]))
 
 
-def test_nothing_as_large_as_a_table_is_allocated(backend):
-    spec = Spec(tables=(Table(rows=400_000, dim=8),))
-    spec = serve(backend, spec)
-    bags = TableBatchedEmbeddingBag(spec, backend=backend)
+def test_what_a_step_allocates_does_not_depend_on_the_rows(backend):
+    spec = serve(backend, Spec(tables=(Table(rows=1000, dim=8),)))
     made = batch(spec, bags=8)
+    few, few_peak = allocated(backend, 1000, made)
+    many, many_peak = allocated(backend, 400_000, made)
+    assert few == many  # bytes of every storage that torch made, in order
+    assert abs(many_peak - few_peak) < 16_384  # bytes of Python's and NumPy's; a bit a row would be 50,000
+
+
+def allocated(backend, rows, made):
+    """(bytes of each storage that torch makes in a step beside the state, peak of what Python and NumPy make in it)."""
+    bags = TableBatchedEmbeddingBag(Spec(tables=(Table(rows=rows, dim=8),)), backend=backend)
     bags(made.ids_N, made.offsets).backward(made.grad)
     own = {bags.state.weights.untyped_storage().data_ptr()}
     own |= {flat.untyped_storage().data_ptr() for flat in bags.state.states.values()}
-    sizes = [0]
+    sizes = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -217,12 +224,13 @@ def test_nothing_as_large_as_a_table_is_allocated(backend):
 
     with Watch():  # torch imports much when it is first watched
         bags(made.ids_N, made.offsets).backward(made.grad)
+    sizes.clear()
     tracemalloc.start()
     with Watch():
         bags(made.ids_N, made.offsets).backward(made.grad)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(sizes) < 400_000 and peak < 400_000  # bytes: less than one for each row
+    return list(sizes), peak
 
 
 def test_state_can_be_replaced_between_steps(backend):
