@@ -171,7 +171,7 @@ def train(
         run_dir = rundir.newest(resolved.run.dir, resolved.name)
     nproc = nproc or resolved.train.nproc
     resolved.check_world_size(nproc)
-    starter = schedulers.load(scheduler)
+    starter = schedulers.named(scheduler)
     if dry_run:
         where = run_dir or resolved.run.dir / resolved.name
         work = job.make(
@@ -306,7 +306,7 @@ def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: di
     work = job.make(
         name=run_dir.name, action=action, run_dir=run_dir, nproc=nproc, values=given | {"result": str(result)}
     )
-    ended = follow.run(work, schedulers.load("local"), progress.make(console_for(as_json)))
+    ended = follow.run(work, schedulers.named("local"), progress.make(console_for(as_json)))
     if ended is not None:
         print_failure(ended)
         if as_json:

@@ -74,7 +74,7 @@ def submit(
     )
     made = replace(made, module=module)
     if dry_run:
-        text = schedulers.load(on).request(made)
+        text = schedulers.named(on).request(made)
         if as_json:
             print_json({"request": text})
         else:

@@ -47,7 +47,7 @@ def chaos(
     if kills is not None and (worlds.change or signal_ in chaotic.SAVING):
         raise UserError("--soak: is for signals that the ranks are restarted after, and for the same number of ranks")
     dataset.prepare_missing(console, resolved)
-    trial = chaotic.Chaos(resolved, worlds, schedulers.load("local"), progress.make(console), signal=signal_)
+    trial = chaotic.Chaos(resolved, worlds, schedulers.named("local"), progress.make(console), signal=signal_)
     if kills is None:
         rng = random.Random(seed)
         fault = trial.fault(step=kill_at or max(1, trial.steps // 2), during=during, rng=rng, rank=rank)

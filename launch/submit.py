@@ -25,7 +25,7 @@ def prepare(
     named: the user chose the run's name. Where nobody here can see which names are taken, others get the time as well.
     """
     nproc = _ranks(config, nodes, nproc, place)
-    shares_files = schedulers.load(kind).shares_files
+    shares_files = schedulers.named(kind).shares_files
     if not shares_files:
         name = config.name if named else f"{config.name}-{time.strftime('%m%d-%H%M%S')}"
         return delivered(config, name, None, nodes=nodes, nproc=nproc, place=place, env=env)
@@ -87,7 +87,7 @@ def _ranks(config: Config, nodes: int, nproc: int | None, place: Place) -> int:
 
 def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str, Path]:
     """Prepare the data, make the run folder and submit; (handle, run folder). What fails leaves no run folder."""
-    there = schedulers.load(kind)
+    there = schedulers.named(kind)
     there.request(made)  # a job that cannot be must not cost the preparation of its data
     if not there.shares_files:
         return handles.record(kind, there.submit(made), made.run_dir), made.run_dir

@@ -18,7 +18,7 @@ CANCEL_SECONDS = 60.0  # for the scheduler to say that the job has ended
 def status(text: str) -> dict[str, Any]:
     """handle, state, detail (the scheduler's words), run_dir, and of a run folder: status, step, steps_total, ..."""
     job = handles.find(text)
-    there = schedulers.load(job.kind)
+    there = schedulers.named(job.kind)
     state = there.status(job.id)
     return {
         "handle": job.handle,
@@ -63,7 +63,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 def logs(text: str, *, rank: int | None, follow: bool, wait: Callable[[], None]) -> Iterator[str]:
     """Lines of the job's output, to its end with `follow`. wait: called between two looks."""
     job = handles.find(text)
-    there = schedulers.load(job.kind)
+    there = schedulers.named(job.kind)
     source = _of_rank(job, rank) if rank is not None else _of_all(job, there)
     while True:
         last = not follow or there.status(job.id).final
@@ -76,7 +76,7 @@ def logs(text: str, *, rank: int | None, follow: bool, wait: Callable[[], None])
 def cancel(text: str) -> dict[str, Any]:
     """Stop the job and wait until the scheduler says that it has ended; handle, what it was and is."""
     job = handles.find(text)
-    there = schedulers.load(job.kind)
+    there = schedulers.named(job.kind)
     was = now = there.status(job.id)
     if not was.final:
         there.cancel(job.id)

@@ -5,6 +5,6 @@ from typing import Any
 from kernels import registry
 
 
-def load(kind: str) -> Any:
+def named(kind: str) -> Any:
     """The scheduler of a kind; UserError for an unknown one."""
     return registry.load("launch.schedulers", kind).Scheduler()
