@@ -1,9 +1,9 @@
-"""Starts the ranks of one node under torch's elastic agent, restarts them, and writes down how each of them ended.
+"""Starts the ranks of one node under torch's elastic agent, watches them, and writes down how each of them ended.
 
 `python -m launch.agent --nproc N --module trainer --job JOB.json --logs DIR --errors DIR --grace SECONDS
         [--max-restarts N]`
-Of a job on several nodes each node has such an agent (launch/node.py starts it) with `--nodes --node-rank --master
---port`: the address of node 0 and a port there, which all ranks use to find each other.
+is the agent of a job on one node; launch/node.py has one on each of several. Which failures start the ranks again is
+decided in launch/attempts.py, for both.
 
 When a rank ends with anything but 0, the others hear of it on the board (trainer/pulse.py) and leave with a report of
 their own; who has not left gets SIGINT at once and, FAILED_GRACE_SECONDS later, SIGKILL. SIGTERM is never sent for
@@ -12,10 +12,6 @@ ranks ended first and how:
     {"time": unix, "stopped_by": null | signal name that the agent itself got, "exit_code": of the agent,
      "failures": [{"rank", "exit_code", "signal": null | name, "time", "at": monotonic seconds, "where": text, "hung"}]}
 Ranks that the agent stopped are left out. hung: it made no progress and the agent killed it, as nobody else did.
-
-Restarts: after a failure that need not come again, up to --max-restarts times. Every attempt is a launch of its own,
-with new stores, so that no rank can read a dead one's address; what the failed attempt left in ERRORS and LOGS goes to
-attempt_K/ in each, and TABLEMESH_ATTEMPT tells the ranks to resume from the newest valid checkpoint.
 
 Exit code: 0, or 2 when every failed rank exited with 2 (the user's input), 75 likewise (stopped after a checkpoint),
 otherwise 1. SIGUSR1 is passed on to the ranks, which save and end with 75.
@@ -32,18 +28,99 @@ import socket
 import sys
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trainer import pulse, quiet
-from trainer.restarts import ATTEMPT, Restart
+from trainer.restarts import ATTEMPT
 
 FAILED_GRACE_SECONDS = 4  # for the others after a rank has failed
 RENDEZVOUS_SECONDS = 120  # for the agents of all nodes, which have just met in launch/node.py
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # torch's agent takes four
 HANG_GRACE_SECONDS = 5.0  # hung ranks end themselves, or the others do; the agent steps in this much later
 
-_FINAL = ("user", "nan", "interrupted")  # kinds of failure that a restart would meet again, or that nobody wants undone
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What to start on this node. master, port: where the ranks of several nodes find each other."""
+
+    nproc: int
+    job: Path  # JOB.json
+    logs: Path
+    errors: Path
+    grace: int  # seconds to save and leave in when the job is stopped
+    nodes: int = 1
+    node_rank: int = 0
+    master: str = "localhost"
+    port: int = 0
+
+
+class Agent:
+    """One for a process: torch's agent takes its signal handlers and a class of torch's is replaced."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank it stops
+        self._context = _install_context(ranks.grace)
+        suffix = f"_{ranks.node_rank}" if ranks.node_rank else ""
+        self._found, self._pid = ranks.errors / f"agent{suffix}.json", ranks.logs / f"agent{suffix}.pid"
+
+    def launch(self, module: str, *, attempt: int, port: int = 0) -> int:
+        """All ranks, `python -m MODULE JOB.json`, to their end; the exit code, and agent.json unless it is 0.
+
+        Every launch has stores of its own, so that no rank can read the address of a dead one.
+        RuntimeError when the agents of the other nodes do not come, OSError when the port is taken.
+        """
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        try:
+            return self._launch(module, attempt, port)
+        except SignalException:  # another one, after the ranks have gone
+            return 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _launch(self, module: str, attempt: int, port: int) -> int:
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        ranks, context = self.ranks, self._context
+        ranks.logs.mkdir(parents=True, exist_ok=True)
+        self._pid.write_text(f"{os.getpid()}\n")
+        config = LaunchConfig(
+            nproc_per_node=ranks.nproc,
+            role="trainer",
+            **_rendezvous(ranks, port),
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=_logs_specs(ranks.logs),
+            shutdown_timeout=ranks.grace,
+        )
+        board = ranks.logs / f"board_{socket.gethostname()}_{ranks.node_rank}"
+        context.begin(pulse.Board.create(board, ranks.nproc))
+        signal.signal(signal.SIGUSR1, lambda number, frame: context.pass_on(number))
+        os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt)}
+        stopped_by = None
+        try:
+            elastic_launch(config, sys.executable)("-m", "launch.rank", module, str(ranks.job))
+        except ChildFailedError:
+            pass
+        except SignalException as stopped:
+            stopped_by = stopped.sigval.name
+        first = context.first
+        if not first and stopped_by is None:
+            return 0
+        failures = sorted(first.values(), key=lambda failed: failed["at"])
+        codes = set(context.ended.values()) if stopped_by else {failed["exit_code"] for failed in failures}
+        exit_code = codes.pop() if codes in ({2}, {75}) else 1
+        found = {"time": time.time(), "stopped_by": stopped_by, "exit_code": exit_code, "failures": failures}
+        ranks.errors.mkdir(parents=True, exist_ok=True)
+        self._found.write_text(json.dumps(found, indent=1) + "\n")
+        return exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,83 +131,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--errors", type=Path, required=True)
     parser.add_argument("--grace", type=int, required=True, help="seconds to save and leave in when the job is stopped")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--node-rank", type=int, default=0)
-    parser.add_argument("--master", default="localhost")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--max-restarts", type=int, default=0, help="of a job on one node")
+    parser.add_argument("--max-restarts", type=int, default=0)
     args = parser.parse_args(argv)
 
+    from launch import attempts, roll_call
+    from launch.job import Job
     from launch.rank import die_with_parent
 
-    if argv is None:  # a program of its own
-        die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
     quiet.install()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank it stops
-
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    context = _install_context(args.grace)
-    signal.signal(signal.SIGUSR1, lambda number, frame: context.pass_on(number))
-    args.logs.mkdir(parents=True, exist_ok=True)
-    (args.logs / (f"agent_{args.node_rank}.pid" if args.node_rank else "agent.pid")).write_text(f"{os.getpid()}\n")
+    attempts.catch_signals()
+    run_dir = args.job.parent
+    action = json.loads(args.job.read_text())["action"]
+    job = Job(name=run_dir.name, action=action, run_dir=run_dir, nproc=args.nproc, threads=1)
+    ranks = Ranks(nproc=args.nproc, job=args.job, logs=args.logs, errors=args.errors, grace=args.grace)
     try:
-        for attempt in range(args.max_restarts + 1):
-            code = _attempt(args, context, attempt)
-            if code in (0, 2, 75) or attempt == args.max_restarts or not _prepare_restart(args, attempt + 1):
-                return code
-    except SignalException:  # between two attempts
+        return attempts.run(Agent(ranks), job, roll_call.Nodes.alone(), module=args.module, restarts=args.max_restarts)
+    except attempts.Stopped:
         return 1
-    raise AssertionError("the last attempt returns")
 
 
-def _attempt(args: argparse.Namespace, context: Any, attempt: int) -> int:
-    """One launch of all ranks to its end; returns the agent's exit code and writes agent.json unless it is 0."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        nproc_per_node=args.nproc,
-        role="trainer",
-        **_rendezvous(args),
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=_logs_specs(args.logs),
-        shutdown_timeout=args.grace,
-    )
-    board = args.logs / f"board_{socket.gethostname()}"
-    context.begin(pulse.Board.create(board, args.nproc))
-    os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt)}
-    stopped_by = None
-    try:
-        elastic_launch(config, sys.executable)("-m", "launch.rank", args.module, str(args.job))
-    except ChildFailedError:
-        pass
-    except SignalException as stopped:
-        stopped_by = stopped.sigval.name
-    first = context.first
-    if not first and stopped_by is None:
-        return 0
-    failures = sorted(first.values(), key=lambda failed: failed["at"])
-    codes = set(context.ended.values()) if stopped_by else {failed["exit_code"] for failed in failures}
-    exit_code = codes.pop() if codes in ({2}, {75}) else 1
-    found = {"time": time.time(), "stopped_by": stopped_by, "exit_code": exit_code, "failures": failures}
-    args.errors.mkdir(parents=True, exist_ok=True)
-    (args.errors / (f"agent_{args.node_rank}.json" if args.node_rank else "agent.json")).write_text(
-        json.dumps(found, indent=1) + "\n"
-    )
-    return exit_code
-
-
-def _rendezvous(args: argparse.Namespace) -> dict[str, Any]:
+def _rendezvous(ranks: Ranks, port: int) -> dict[str, Any]:
     """How the agents find each other: one alone through a free port; several at a fixed address, in a fixed order.
 
     Not torch's dynamic rendezvous for several nodes: it numbers the nodes by their addresses, whoever was node 0, and
     its agents give up on each other by timeouts of their own.
     """
-    nodes = {"min_nodes": args.nodes, "max_nodes": args.nodes}
-    if args.nodes == 1:
+    nodes = {"min_nodes": ranks.nodes, "max_nodes": ranks.nodes}
+    if ranks.nodes == 1:
         return nodes | {
             "run_id": uuid.uuid4().hex,
             "rdzv_backend": "c10d",
@@ -140,30 +168,9 @@ def _rendezvous(args: argparse.Namespace) -> dict[str, Any]:
     return nodes | {
         "run_id": "tablemesh",
         "rdzv_backend": "static",
-        "rdzv_endpoint": f"{args.master}:{args.port}",
-        "rdzv_configs": {"rank": args.node_rank, "timeout": RENDEZVOUS_SECONDS},
+        "rdzv_endpoint": f"{ranks.master}:{port}",
+        "rdzv_configs": {"rank": ranks.node_rank, "timeout": RENDEZVOUS_SECONDS},
     }
-
-
-def _prepare_restart(args: argparse.Namespace, number: int) -> bool:
-    """Note why attempt `number` is needed and put the last one's files aside; False when it would be in vain."""
-    from launch import failure, rundir
-    from launch.job import Job
-
-    run_dir = args.job.parent
-    job = Job(name=run_dir.name, action="train", run_dir=run_dir, nproc=args.nproc, threads=1)
-    why = failure.explain(job)
-    if why.kind in _FINAL:
-        return False
-    for folder in (args.errors, args.logs):
-        aside = folder / f"attempt_{number}"
-        aside.mkdir(exist_ok=True)
-        for path in [*folder.glob("rank_*"), *folder.glob("agent*.json")]:
-            path.replace(aside / path.name)
-    restart = Restart(number=number, of=args.max_restarts, rank=why.rank, kind=why.kind, message=why.message)
-    restart.write(args.errors)
-    rundir.append_event(run_dir, "restart", **restart.as_json())
-    return True
 
 
 def _install_context(grace: int) -> Any:
@@ -174,9 +181,7 @@ def _install_context(grace: int) -> Any:
     """
     import torch.distributed.elastic.multiprocessing as multiprocessing
 
-    torchs_own = getattr(multiprocessing.SubprocessContext, "torchs_own", multiprocessing.SubprocessContext)
-
-    class Context(torchs_own):
+    class Context(multiprocessing.SubprocessContext):
         first: ClassVar[dict[int, dict[str, Any]]] = {}  # by rank: the failures of agent.json
         ended: ClassVar[dict[int, int]] = {}  # by rank: exit codes of all that ended badly, after they were stopped
         hung: ClassVar[dict[int, pulse.Seen]] = {}
@@ -244,7 +249,6 @@ def _install_context(grace: int) -> Any:
         def _rank(self, local_rank: int) -> int:
             return int(self.envs[local_rank]["RANK"])
 
-    Context.torchs_own = torchs_own  # launch/node.py comes here once an attempt
     multiprocessing.SubprocessContext = Context
     return Context
 

@@ -68,6 +68,10 @@ class Nodes:
     _store: TCPStore | None  # None where there is one node: nobody to talk to
 
     @classmethod
+    def alone(cls) -> "Nodes":
+        return cls(0, 1, "localhost", None)
+
+    @classmethod
     def meet(
         cls,
         *,
@@ -85,7 +89,7 @@ class Nodes:
         comes to this port is turned away by it.
         """
         if count == 1:
-            return cls(0, 1, "localhost", None)
+            return cls.alone()
         try:
             store = TCPStore(head, port, None, rank == 0, wait, wait_for_workers=False)
         except (DistNetworkError, DistStoreError, RuntimeError) as error:

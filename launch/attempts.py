@@ -1,0 +1,131 @@
+"""The one place that starts the ranks of a job again: on one node, or on all of them together.
+
+Every node runs this loop beside the others. After each attempt all nodes tell node 0 how it ended; node 0 finds the
+cause and decides for all: done, over, or once more from the newest checkpoint. Before that it puts what the attempt
+left in errors/ and logs/ into attempt_K/ of each, notes why attempt K was needed (trainer/restarts.py) and adds an
+event to metrics.jsonl; TABLEMESH_ATTEMPT tells the ranks to resume.
+
+No restart helps where the cause is the user's, a loss that is not finite, or a wish to stop; nor where a whole node is
+gone: that one only the scheduler can replace.
+"""
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from launch import failure, rundir
+from launch.agent import Agent
+from launch.failure import Failure
+from launch.job import Job
+from launch.roll_call import Nodes
+from trainer.restarts import Restart
+
+RESTART_SECONDS = 1.0  # between two attempts of several nodes: sockets of the last one close
+AGAIN = "again"
+_FINAL = ("user", "nan", "interrupted")  # kinds of failure that a restart would meet again, or that nobody wants undone
+
+
+class Stopped(BaseException):
+    """A signal came while no ranks ran; its text is the signal's name."""
+
+
+def catch_signals() -> None:
+    """SIGTERM and SIGUSR1 raise Stopped from now on, but while ranks run: those get them (launch/agent.py)."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+def run(
+    agent: Agent,
+    job: Job,
+    nodes: Nodes,
+    *,
+    module: str,
+    restarts: int = 0,
+    first: int = 0,
+    again: Callable[[Failure], None] = lambda why: None,
+    conclude: Callable[[Failure], None] = lambda ended: None,
+) -> int:
+    """All attempts to run `module` in every rank; this node's exit code (launch/node.py lists them).
+
+    first: number of the first attempt among all that these nodes make together: each has its own port and its own
+        words in the nodes' store.
+    again, conclude: called on node 0, before the others hear of it, with the cause of a restart, and with that of the
+        end when the job is over and has not succeeded.
+    """
+    for attempt in range(restarts + 1):
+        turn = first + attempt
+        if nodes.rank == 0 and attempt == 0:
+            failure.clear(job)
+        nodes.ready(turn)
+        code = _launch(agent, job, nodes, module, attempt=attempt, turn=turn)
+        codes = nodes.gather(turn, code)
+        if codes is None:
+            verdict = nodes.verdict(turn, default=str(code or 1))
+        else:  # node 0
+            verdict, ended = _decide(job, codes, again=attempt < restarts)
+            if verdict == AGAIN:
+                _prepare_restart(agent, job, ended, number=attempt + 1, of=restarts)
+                again(ended)
+            elif ended is not None:
+                conclude(ended)
+            nodes.tell(turn, verdict)
+        if verdict != AGAIN:
+            return int(verdict)
+        if nodes.count > 1:
+            time.sleep(RESTART_SECONDS)
+    raise AssertionError("the last attempt returns")
+
+
+def _launch(agent: Agent, job: Job, nodes: Nodes, module: str, *, attempt: int, turn: int) -> int:
+    if nodes.count == 1:
+        return agent.launch(module, attempt=attempt)
+    try:
+        return agent.launch(module, attempt=attempt, port=agent.ranks.port + 1 + turn)
+    except (OSError, RuntimeError) as error:  # the other nodes' agents did not come, or this one's port is taken
+        note(job, nodes.rank, "launch", f"node {nodes.rank} ({socket.gethostname()}): {error}")
+        return 1
+
+
+def _decide(job: Job, codes: list[int | None], *, again: bool) -> tuple[str, Failure | None]:
+    """What all nodes do now, AGAIN or the exit code that they leave with, and the cause where one failed.
+
+    codes: of the nodes, None where one is silent. again: there may be another attempt.
+    """
+    if all(code == 0 for code in codes):
+        return "0", None
+    if all(code == 75 for code in codes):
+        return "75", Failure(kind="interrupted", message=failure.SAVED, exit_code=75)
+    ended = failure.explain(job)
+    silent = [node for node, code in enumerate(codes) if code is None]
+    if silent and ended.kind in ("launch", "interrupted"):
+        ended = Failure(kind="launch", message=f"node {silent[0]} of {len(codes)} has gone")
+    if again and not silent and ended.kind not in _FINAL:
+        return AGAIN, ended
+    return str(ended.exit_code), ended
+
+
+def _prepare_restart(agent: Agent, job: Job, why: Failure, *, number: int, of: int) -> None:
+    """Put the last attempt's files aside and note why another one is needed."""
+    for folder in (agent.ranks.errors, agent.ranks.logs):
+        aside = folder / f"attempt_{number}"
+        aside.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob("rank_*"), *folder.glob("agent*.json"), *folder.glob("node_*.json")]:
+            path.replace(aside / path.name)
+    restart = Restart(number=number, of=of, rank=why.rank, kind=why.kind, message=why.message)
+    restart.write(agent.ranks.errors)
+    rundir.append_event(job.run_dir, "restart", **restart.as_json())
+
+
+def note(job: Job, node_rank: int, kind: str, message: str) -> None:
+    """errors/node_R.json, which launch/failure.py reads."""
+    job.errors.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"time": time.time(), "at": time.monotonic(), "kind": kind, "message": message}, indent=1)
+    (job.errors / f"node_{node_rank}.json").write_text(text + "\n")
