@@ -6,7 +6,8 @@ A scheduler runs this once on every node. R is a number or `$NAME`, an environme
 environment variable with node 0's address. In order:
 
 1. Roll call: every node tells node 0 its name and versions. The job ends with the names of the nodes that did not come
-   within WAIT_SECONDS, or that have other versions than most.
+   within WAIT_SECONDS, or that have other versions than most. The ranks then use the interface by which node 0 is
+   reached (launch/network.py).
 2. Node 0 writes the run folder (config.toml, JOB.json) from TABLEMESH_CONFIG where the submitting machine could not,
    prepares the data where the config says how and it is missing, and lets the others go on.
 3. With --preflight the ranks run launch.preflight first (once).
@@ -25,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from kernels.errors import UserError
-from launch import agent, attempts, job, roll_call, rundir
+from launch import agent, attempts, job, network, roll_call, rundir
 from launch.failure import Failure
 from trainer import quiet
 
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             run_id=args.run_id,
             wait=timedelta(seconds=args.wait),
         )
+        if args.nodes > 1:
+            network.choose(nodes.master)
         if args.node_rank == 0:
             _deliver(work)
         return _run(args, work, nodes, started)

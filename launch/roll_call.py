@@ -2,26 +2,54 @@
 
 Node 0 keeps a TCPStore; every node writes into it under its own number and reads what node 0 decides. A node that is
 missing is named, which no collective can do: there all that is known is that somebody is silent.
+
+No call outlives its limit here: a TCPStore's own limits do not hold where the network is gone, as it then waits, in
+the middle of a message, for as long as TCP does (a quarter of an hour).
 """
 
 import json
 import platform
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 
 from kernels.errors import UserError
+
+T = TypeVar("T")
 
 VERSIONS = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numba", "numpy", "pyarrow", "tablemesh")
 GATHER_SECONDS = 60  # for the other nodes to say how they ended, after this one has: they notice within a timeout
 PREPARE_HOURS = 24  # for node 0 to prepare the data
+CALL_SECONDS = 10  # for one call to the store
 POLL_SECONDS = 0.05
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; DistNetworkError when it does neither in this time. It is then left to itself."""
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append((call(), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise DistNetworkError(f"no answer within {seconds:.0f} s")
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return value
 
 
 class Missing(RuntimeError):
@@ -92,7 +120,7 @@ class Nodes:
             return cls.alone()
         try:
             store = TCPStore(head, port, None, rank == 0, wait, wait_for_workers=False)
-        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+        except RuntimeError as error:
             if rank == 0:
                 raise Missing(f"node 0 ({socket.gethostname()}) cannot listen on port {port}: {error}") from error
             raise Missing(
@@ -118,7 +146,7 @@ class Nodes:
             store.wait([f"{run_id}/different"], wait + timedelta(seconds=GATHER_SECONDS))
             verdict = store.get(f"{run_id}/missing").decode()
             different = store.get(f"{run_id}/different").decode()
-        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+        except RuntimeError as error:
             raise Missing(f"node {rank} ({socket.gethostname()}): no word from node 0 at {head}:{port}") from error
         if verdict:
             raise Missing(verdict)
@@ -135,16 +163,17 @@ class Nodes:
             return
         try:
             self._store.wait([f"ready/{attempt}"], timedelta(hours=PREPARE_HOURS))
-        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+        except RuntimeError as error:
             raise Missing(f"node {self.rank} ({socket.gethostname()}): node 0 has gone") from error
 
     def gather(self, attempt: int, code: int) -> list[int | None] | None:
         """Tell how this node's ranks ended. On node 0: the exit codes of all, None where a node is silent."""
         if self._store is None:
             return [code]
+        store, text = self._store, json.dumps(code)
         try:
-            self._store.set(f"exit/{attempt}/{self.rank}", json.dumps(code))
-        except (DistNetworkError, DistStoreError, RuntimeError):  # node 0 has gone, and its verdict with it
+            _within(CALL_SECONDS, lambda: store.set(f"exit/{attempt}/{self.rank}", text))
+        except RuntimeError:  # node 0 has gone, and its verdict with it
             return None
         return self._all(f"exit/{attempt}", GATHER_SECONDS) if self.rank == 0 else None
 
@@ -158,13 +187,18 @@ class Nodes:
     def verdict(self, attempt: int, *, default: str) -> str:
         """Node 0's word; `default` when it has gone without one."""
         assert self._store is not None
+        store, seconds = self._store, 2 * GATHER_SECONDS
+
+        def hear() -> str:
+            store.wait([f"verdict/{attempt}"], timedelta(seconds=seconds))
+            told = store.get(f"verdict/{attempt}").decode()
+            store.set(f"heard/{attempt}/{self.rank}", "1")
+            return told
+
         try:
-            self._store.wait([f"verdict/{attempt}"], timedelta(seconds=2 * GATHER_SECONDS))
-            told = self._store.get(f"verdict/{attempt}").decode()
-            self._store.set(f"heard/{attempt}/{self.rank}", "1")
-        except (DistNetworkError, DistStoreError, RuntimeError):
+            return _within(seconds + CALL_SECONDS, hear)
+        except RuntimeError:
             return default
-        return told
 
     def _all(self, prefix: str, seconds: float, *, but: int = -1) -> list[Any]:
         """What every node has set under the prefix; None for those that have not after this time."""

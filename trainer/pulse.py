@@ -48,6 +48,7 @@ class Seen:
     limit: float  # seconds this mark may take; infinite when hangs are not looked for
     ended: int = 0  # exit code, or minus the signal, where the agent saw it end badly
     waits: bool = False  # its main thread stands in a collective
+    far: bool = False  # on another host, heard of over the network
 
     @property
     def where(self) -> str:
@@ -68,7 +69,8 @@ class Verdict:
             if self.kind == "ended":
                 said.append(f"rank {r.rank} ended ({name_of_end(r.ended)}) {r.where}")
             elif r.silent > SILENT_SECONDS:
-                said.append(f"rank {r.rank} is frozen: nothing heard of it for {r.silent:.0f} s, {r.where}")
+                frozen = "is frozen, or the network to its host is down" if r.far else "is frozen"
+                said.append(f"rank {r.rank} {frozen}: nothing heard of it for {r.silent:.0f} s, {r.where}")
             else:
                 said.append(f"rank {r.rank} hangs: no progress for {r.age:.0f} s, {r.where}")
         return "; ".join(said)

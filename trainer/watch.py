@@ -5,7 +5,8 @@ own time limit is minutes. This thread looks at the board (trainer/pulse.py) a f
 
 Ranks of other hosts: every host's first rank puts its host's rows into the process group's store once a second, and
 every rank reads those of the other hosts; only ages travel, as clocks of hosts are not compared. A host of which
-nothing new arrives is silent, and its ranks with it.
+nothing new arrives is silent, and its ranks with it. A second thread does that: a call to the store waits for as long
+as TCP does when the network is gone, a quarter of an hour, and the first thread must go on looking.
 """
 
 import json
@@ -48,7 +49,9 @@ class Watch(threading.Thread):
     def join_hosts(self, store: Any, *, world_size: int) -> None:
         """Watch the ranks of other hosts too, over the process group's store. Called once, by all ranks."""
         if world_size > self.pulse.board.ranks:
-            self._hosts = Hosts(store, first_rank=self._first_rank, ranks=self.pulse.board.ranks, size=world_size)
+            hosts = Hosts(store, first_rank=self._first_rank, ranks=self.pulse.board.ranks, size=world_size)
+            threading.Thread(target=self._exchange, args=(hosts,), name="hosts", daemon=True).start()
+            self._hosts = hosts
 
     def stop(self) -> None:
         self._over.set()
@@ -62,8 +65,6 @@ class Watch(threading.Thread):
         before: Verdict | None = None
         while not self._over.wait(LOOK_SECONDS):
             self.pulse.alive(waits=self._waits())
-            if self._hosts is not None:
-                self._hosts.exchange(self.pulse.board.seen(self._first_rank), publish=self._rank == self._first_rank)
             seen = self.seen()
             verdict = judge(seen)
             # A row that is being written can be read half old and half new, but hardly twice in a row.
@@ -77,6 +78,10 @@ class Watch(threading.Thread):
         """Where the main thread stands, as a traceback."""
         frame = sys._current_frames().get(self._main or 0)
         return "".join(traceback.format_stack(frame)) if frame else ""
+
+    def _exchange(self, hosts: "Hosts") -> None:
+        while not self._over.wait(EXCHANGE_SECONDS):
+            hosts.exchange(self.pulse.board.seen(self._first_rank), publish=self._rank == self._first_rank)
 
     def _waits(self) -> bool:
         """The main thread stands in a collective, as far as Python's stack shows: a backward counts as one.
@@ -110,13 +115,10 @@ class Hosts:
         self._key = f"pulse/{first_rank}"
         self._others = [f"pulse/{first}" for first in range(0, size, ranks) if first != first_rank]
         self._heard: dict[str, tuple[int, float, list[Seen]]] = {}  # number of the message, when it came, rows
-        self._count, self._next = 0, 0.0
+        self._count = 0
 
     def exchange(self, rows: list[Seen], *, publish: bool) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + EXCHANGE_SECONDS
+        """Once every EXCHANGE_SECONDS."""
         try:
             if publish:
                 self._count += 1
@@ -131,11 +133,11 @@ class Hosts:
 
     def seen(self) -> list[Seen]:
         found = []
-        for _, came, rows in self._heard.values():
+        for _, came, rows in list(self._heard.values()):
             since = max(0.0, time.monotonic() - came - EXCHANGE_SECONDS)
             # Within two messages nothing more is known; after that the rows age with the silence.
             late = since if since > SILENT_SECONDS else 0.0
-            found += [replace(r, age=r.age + late, silent=r.silent + late) for r in rows]
+            found += [replace(r, age=r.age + late, silent=r.silent + late, far=True) for r in rows]
         return found
 
 
