@@ -2,6 +2,7 @@
 # make test    from nothing to all tests
 #
 # make test-slurm  a Slurm cluster on this machine, and training on it (root; docs/launch.md says which packages)
+# make test-network  two hosts joined by a cable: pulled, slow, losing packets (root, network namespaces)
 #
 # TARGET=cpu|cuda      which lock file (default: cuda where nvidia-smi answers)
 # TORCH_INDEX=<index>  a package index of smaller, CPU-only torch wheels (default: the index pip is set to)
@@ -24,7 +25,7 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TARGET) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) pyproject.toml) | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slurm install lint clean
+.PHONY: train test test-slurm test-network install lint clean
 
 train: install
 	@$(VENV)/bin/tablemesh train configs/quickstart.toml
@@ -34,6 +35,9 @@ test: install
 
 test-slurm: install
 	@$(VENV)/bin/python -m pytest -m cluster tests/launch/test_slurm.py
+
+test-network: install
+	@$(VENV)/bin/python -m pytest -m 'cluster or not cluster' tests/launch/test_network.py
 
 lint: install
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

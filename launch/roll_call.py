@@ -28,7 +28,8 @@ VERSIONS = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numba", "numpy
 GATHER_SECONDS = 60  # for the other nodes to say how they ended, after this one has: they notice within a timeout
 PREPARE_HOURS = 24  # for node 0 to prepare the data
 CALL_SECONDS = 10  # for one call to the store
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05  # of node 0, which has the store in its own process
+HEAR_SECONDS = 0.2  # between two looks over the network
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -162,7 +163,7 @@ class Nodes:
             self._store.set(f"ready/{attempt}", "")
             return
         try:
-            self._store.wait([f"ready/{attempt}"], timedelta(hours=PREPARE_HOURS))
+            self._hear(f"ready/{attempt}", PREPARE_HOURS * 3600)
         except RuntimeError as error:
             raise Missing(f"node {self.rank} ({socket.gethostname()}): node 0 has gone") from error
 
@@ -187,18 +188,23 @@ class Nodes:
     def verdict(self, attempt: int, *, default: str) -> str:
         """Node 0's word; `default` when it has gone without one."""
         assert self._store is not None
-        store, seconds = self._store, 2 * GATHER_SECONDS
-
-        def hear() -> str:
-            store.wait([f"verdict/{attempt}"], timedelta(seconds=seconds))
-            told = store.get(f"verdict/{attempt}").decode()
-            store.set(f"heard/{attempt}/{self.rank}", "1")
-            return told
-
+        store = self._store
         try:
-            return _within(seconds + CALL_SECONDS, hear)
+            told = self._hear(f"verdict/{attempt}", 2 * GATHER_SECONDS)
+            _within(CALL_SECONDS, lambda: store.set(f"heard/{attempt}/{self.rank}", "1"))
         except RuntimeError:
             return default
+        return told
+
+    def _hear(self, key: str, seconds: float) -> str:
+        """What node 0 has set, once it is there; DistNetworkError when it is not in time, or node 0 has gone."""
+        assert self._store is not None
+        store, deadline = self._store, time.monotonic() + seconds
+        while not _within(CALL_SECONDS, lambda: store.check([key])):
+            if time.monotonic() > deadline:
+                raise DistNetworkError(f"{key}: not set within {seconds:.0f} s")
+            time.sleep(HEAR_SECONDS)
+        return _within(CALL_SECONDS, lambda: store.get(key)).decode()
 
     def _all(self, prefix: str, seconds: float, *, but: int = -1) -> list[Any]:
         """What every node has set under the prefix; None for those that have not after this time."""

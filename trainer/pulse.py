@@ -82,13 +82,14 @@ def judge(seen: Iterable[Seen]) -> Verdict | None:
     Ranks that have ended badly come first. Otherwise nothing is wrong until the rank with the fewest marks is over its
     limit: the others may be over theirs, they wait. Then the blame falls on processes that are frozen; without any, on
     late ones that compute; if all late ones stand in a collective, on whoever does not; if all do, on the late ones.
+
+    Where a host that is heard of no more really is, nobody knows: its last row, old by the time, holds nobody back.
     """
     working = [r for r in seen if r.phase != "done" and r.marks]
     ended = tuple(r for r in working if r.ended)
     if ended:
         return Verdict(kind="ended", ranks=ended)
-    fewest = min((r.marks for r in working), default=0)
-    late = [r for r in working if r.marks == fewest and r.age > r.limit]
+    late = _late(working) or _late([r for r in working if not (r.far and r.silent > SILENT_SECONDS)])
     if not late:
         return None
     named = (
@@ -98,6 +99,12 @@ def judge(seen: Iterable[Seen]) -> Verdict | None:
         or late
     )
     return Verdict(kind="hang", ranks=tuple(named))
+
+
+def _late(working: list[Seen]) -> list[Seen]:
+    """Of the ranks that all others wait for those that are over their limits."""
+    fewest = min((r.marks for r in working), default=0)
+    return [r for r in working if r.marks == fewest and r.age > r.limit]
 
 
 class Board:

@@ -26,6 +26,8 @@ from trainer.pulse import SILENT_SECONDS, Pulse, Seen, Verdict, judge
 _OURS = str(Path(__file__).parent)
 LOOK_SECONDS = 0.25
 EXCHANGE_SECONDS = 1.0
+MEET_SECONDS = 10.0  # for all hosts to be heard of, when all ranks have just found each other
+MEETING_SECONDS = 0.05  # between two looks until then
 WARN_SHARE = 6  # a rank that others wait for is named on the screen after this part of its limit
 
 
@@ -51,6 +53,7 @@ class Watch(threading.Thread):
         if world_size > self.pulse.board.ranks:
             hosts = Hosts(store, first_rank=self._first_rank, ranks=self.pulse.board.ranks, size=world_size)
             threading.Thread(target=self._exchange, args=(hosts,), name="hosts", daemon=True).start()
+            hosts.met.wait(MEET_SECONDS)  # of a host never heard of nobody could say that it has gone silent
             self._hosts = hosts
 
     def stop(self) -> None:
@@ -80,8 +83,10 @@ class Watch(threading.Thread):
         return "".join(traceback.format_stack(frame)) if frame else ""
 
     def _exchange(self, hosts: "Hosts") -> None:
-        while not self._over.wait(EXCHANGE_SECONDS):
+        while True:
             hosts.exchange(self.pulse.board.seen(self._first_rank), publish=self._rank == self._first_rank)
+            if self._over.wait(EXCHANGE_SECONDS if hosts.met.is_set() else MEETING_SECONDS):
+                return
 
     def _waits(self) -> bool:
         """The main thread stands in a collective, as far as Python's stack shows: a backward counts as one.
@@ -116,6 +121,7 @@ class Hosts:
         self._others = [f"pulse/{first}" for first in range(0, size, ranks) if first != first_rank]
         self._heard: dict[str, tuple[int, float, list[Seen]]] = {}  # number of the message, when it came, rows
         self._count = 0
+        self.met = threading.Event()  # every other host has been heard of
 
     def exchange(self, rows: list[Seen], *, publish: bool) -> None:
         """Once every EXCHANGE_SECONDS."""
@@ -128,6 +134,7 @@ class Hosts:
                     count, rows_there = json.loads(text)
                     if key not in self._heard or self._heard[key][0] != count:
                         self._heard[key] = (count, time.monotonic(), [Seen(**r) for r in rows_there])
+                self.met.set()
         except RuntimeError:  # torch.distributed's errors: the store's host does not answer, so what it said gets old
             pass
 

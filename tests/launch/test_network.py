@@ -1,7 +1,7 @@
 """Training across two hosts (tests/launch/two_hosts.py): as it should be, losing packets, slowly, and unplugged.
 
 The real launcher on both: roll call, preflight, agents, ranks, gloo over the link. `make test-network` runs all, of
-which `make test` runs the first two; root is needed, without it they are skipped.
+which `make test` runs the first one; without root they are skipped.
 """
 
 import json
@@ -123,6 +123,7 @@ def test_two_hosts_that_lose_packets_train_to_the_losses_of_one(hosts, tmp_path,
     assert hosts.dropped(0) > 10 and hosts.dropped(1) > 10
 
 
+@pytest.mark.cluster
 def test_a_pulled_cable_ends_both_hosts_with_a_name(hosts, tmp_path):
     training = Training(hosts, tmp_path, "--restarts", "2", epochs=500)
     training.until_step(10)

@@ -36,6 +36,13 @@ def test_a_frozen_process_is_blamed_even_when_it_is_ahead():
     assert blamed(rank(0, age=61, waits=True), rank(1, marks=11, age=61, silent=61)) == ("hang", [1])
 
 
+def test_the_old_row_of_a_host_that_went_silent_holds_nobody_back():
+    gone = rank(1, marks=3, limit=600, age=20, silent=20, far=True)
+    assert blamed(rank(0, age=61, waits=True), gone) == ("hang", [1])
+    assert blamed(rank(0, age=59, waits=True), gone) is None
+    assert blamed(rank(0, age=61, waits=True), replace(gone, silent=1.0)) is None, "it is heard of, and still in time"
+
+
 def test_of_equals_the_one_that_does_not_wait_is_blamed():
     assert blamed(rank(0, age=61, waits=True), rank(1, age=61), rank(2, age=61, waits=True)) == ("hang", [1])
 
