@@ -1,9 +1,9 @@
 """The op on the CPU, in Numba: native loops for each width, on as many threads as torch uses.
 
-This file divides the work; kernels/backends/_loops.py does it.  The threads are Python's own, and the loops run without
-the GIL: Numba's threading layers are not used, so nothing aborts when two kernels run at once, and a call of the loops
-on a part of the work is an ordinary function call.  The division may depend on the number of threads, the results do
-not: a bag, and a row, is one thread's work from its first id to its last.
+This file divides the work; kernels/backends/_loops.py does it.  The threads are torch's own OpenMP team
+(kernels/threads.py), and the loops run without the GIL: Numba's threading layers are not used, so nothing aborts when
+two kernels run at once, and a call of the loops on a part of the work is an ordinary function call.  The division may
+depend on the number of threads, the results do not: a bag, and a row, is one thread's work from its first id to its last.
 
     forward   bags in the order of offsets, cut where a thread's share of (ids + bags) ends
     backward  tables, the largest first, each to the thread that has least so far; a table that has more than half of a
@@ -17,12 +17,12 @@ import importlib.util
 import platform
 import weakref
 from bisect import bisect_left
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from kernels import threads
 from kernels.ops import DECAYS, STATES, Spec, State, blank, check_ids, row_key
 
 SPEED = {"cpu": 3}
@@ -102,7 +102,7 @@ class Kernel:
                 for dim, of_dim in _by(parts, lambda part: self.dims[part[0]])
             )
 
-        if not all(_run(work, self._bag_parts(offset, bags, ids.numel()))):
+        if not all(threads.run(work, [(parts,) for parts in self._bag_parts(offset, bags, ids.numel())])):
             check_ids(spec, ids_N, offsets)
             raise AssertionError("a kernel refused ids that are right")
         return out
@@ -131,10 +131,9 @@ class Kernel:
         about = (self.tables, self.features, self.columns, keys, bags, spec.columns[-1])
         values = (self._numbers(), self._flags(weighted=weights_N is not None, wanted=weights_grad))
 
-        def work(number_and_parts) -> bool:
-            thread, parts = number_and_parts
+        def work(share, parts) -> bool:
             longest = max((size for size, *_ in parts), default=0)
-            room = (*self._room(thread, longest), *shared)
+            room = (*self._room(share, longest), *shared)
             return all(
                 self._learn(dim, ids.dtype)(
                     *given, np.array([part[1:] for part in of_dim], np.int64), *about, room, *values
@@ -142,7 +141,7 @@ class Kernel:
                 for dim, of_dim in _by(parts, lambda part: spec.tables[part[1]].dim)
             )
 
-        if not all(_run(work, list(enumerate(self._table_parts(offset, bags))))):
+        if not all(threads.run(work, list(enumerate(self._table_parts(offset, bags))))):
             check_ids(spec, ids_N, offsets)
             raise AssertionError("a kernel refused ids that are right")
         return scale_grads if weights_grad else None
@@ -173,14 +172,14 @@ class Kernel:
         """Per thread: (ids, table, slice, slices), of about equal work."""
         ends = offset[:: max(bags, 1)]
         sizes = [sum(int(ends[f + 1] - ends[f]) for f in features) if bags else 0 for features in self.spec.features_of]
-        threads = self._threads(sum(sizes))
-        share = sum(sizes) / threads
+        count = self._threads(sum(sizes))
+        share = sum(sizes) / count
         parts = []
         for t, size in enumerate(sizes):
-            slices = threads if size > share / 2 else 1
+            slices = count if size > share / 2 else 1
             parts += [(size, t, k, slices) for k in range(slices)] if size else []
-        found: list[list[tuple[int, int, int, int]]] = [[] for _ in range(threads)]
-        loads = [0.0] * threads
+        found: list[list[tuple[int, int, int, int]]] = [[] for _ in range(count)]
+        loads = [0.0] * count
         for part in sorted(parts, key=lambda p: -p[0] / p[3]):
             least = loads.index(min(loads))
             loads[least] += part[0] / part[3]
@@ -285,20 +284,6 @@ def _by(parts: list, key) -> list[tuple[int, list]]:
     for part in parts:
         groups.setdefault(key(part), []).append(part)
     return sorted(groups.items())
-
-
-def _run(work, shares: list) -> list:
-    """work(share) for each, the first on this thread and the others beside it."""
-    if len(shares) == 1:
-        return [work(shares[0])]
-    others = [_pool_of(len(shares) - 1).submit(work, share) for share in shares[1:]]
-    first = work(shares[0])
-    return [first, *(other.result() for other in others)]
-
-
-@cache
-def _pool_of(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="tablemesh-kernels")
 
 
 def _converts_halves() -> bool:
