@@ -2,8 +2,8 @@
 
 This file divides the work; kernels/backends/_loops.py does it.  The threads are torch's own OpenMP team
 (kernels/threads.py), and the loops run without the GIL: Numba's threading layers are not used, so nothing aborts when
-two kernels run at once, and a call of the loops on a part of the work is an ordinary function call.  The division may
-depend on the number of threads, the results do not: a bag, and a row, is one thread's work from its first id to its last.
+two kernels run at once, and a call of the loops on a part of the work is an ordinary function call.  The division
+may depend on the number of threads, the results do not: a bag, and a row, is one thread's work, start to end.
 
     forward   bags in the order of offsets, cut where a thread's share of (ids + bags) ends
     backward  tables, the largest first, each to the thread that has least so far; a table that has more than half of a
