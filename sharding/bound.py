@@ -129,6 +129,21 @@ def lower_bound(options: Options, *, upper: float) -> float:
     return min(best, upper) * (1 - SLACK)
 
 
+def cheapest_subsets(options: Options, step: float) -> list[tuple[str, ...]]:
+    """The sets of sharding types with which a plan of `step` seconds is not shown to be impossible by its volume, those
+    that take the fewest ranks first."""
+    types, prices = options.shardings(), options.prices
+    found = []
+    for subset in (s for n in range(1, len(types) + 1) for s in combinations(types, n)):
+        group = group_seconds(prices, subset)
+        allowed = options.only(subset)
+        if allowed.any(0).all() and passes(options, allowed, step, group):
+            room = step - prices.base_seconds - group[0]
+            volume = np.where(allowed & (options.main_max <= room * (1 + SLACK)), options.main, np.inf).min(0).sum()
+            found.append((volume / room if room > 0 else 0.0, len(subset), subset))
+    return [subset for _, _, subset in sorted(found)]
+
+
 def _cheapest(prices: Prices, types: Sequence[str]) -> tuple[float, float]:
     """What having at least one type costs at least."""
     pairs = [prices.group[s] for s in types]

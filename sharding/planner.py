@@ -17,7 +17,8 @@ from kernels.errors import UserError
 from sharding import exact
 from sharding.bound import Options, lower_bound
 from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, TableLoad, Work, load, price
-from sharding.search import Found, Placer, polish, search
+from sharding.placing import Found, Placer
+from sharding.search import polish, search
 from sharding.skew import Skew
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology

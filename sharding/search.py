@@ -7,162 +7,24 @@ The kinds of all tables are the state of the search, and `place` decodes them in
 Shapes: K kinds, T tables, W ranks, P positions.
 """
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from sharding.bound import Options, group_seconds, priced_choice
+from sharding.bound import Options, cheapest_subsets, group_seconds, priced_choice
+from sharding.configurations import relax
 from sharding.cost import Choice
+from sharding.placing import Found, Placer
 
 FINER = (1.0, 0.6, 0.4, 0.25, 0.12)  # of the step aimed at: the largest part that a choice may have
-CLOSE_ENOUGH = 0.01  # of the bound; farther from it more choices are tried:
-AIMS = (0.0, 0.04, 0.1, 0.2)  # steps aimed at, between the bound and the best so far
-SHARES = (0.5, 0.42, 0.34, 0.28, 0.22, 0.17, 0.12, 0.08)  # the largest part beside others, of what a rank has time for
-ALONE = (0.8, 2.0)  # a part from here on may have a rank to itself; 2: none
-WHOLE_OR_COLUMNS = ("table_wise", "column_wise", "table_column_wise")
+CLOSE_ENOUGH = 0.01  # of the bound; farther from it ranks are filled one after the other
+ROUNDS = 7  # of halving the distance between what was reached and what was not
+NEARER = 0.4  # the next step tried, from what was not reached to what was
+SUBSETS = 4  # sets of sharding types that are tried for a step, those that need the fewest ranks first
+SPARES = (0.005, 0.015, 0.03)  # shares of a rank's time that the program leaves free: parts do not fill it wholly
 FILLS = (1.0, 0.95, 0.85)  # shares of the memory that a choice may use, where it is short
 DECODED = 40_000  # parts placed while improving, over all trials: about a second and a half
+MOVES = 300  # of parts off the slowest rank, when a plan is polished
+LIGHTEST = 24  # ranks that a part may go to then
 EVERYTHING = 400  # table and kind pairs; up to here every change of one table is tried
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """kinds (T,): of each table.  choices: with their ranks.  step: seconds."""
-
-    kinds: np.ndarray
-    choices: tuple[Choice, ...]
-    step: float
-
-
-class Placer:
-    """Puts the parts of chosen kinds on ranks: fixed ones first, then those that need a host, then the longest first,
-    each on the rank that has least so far and room for it."""
-
-    def __init__(self, options: Options) -> None:
-        self.options, self.prices = options, options.prices
-        topology = self.prices.topology
-        self.world, self.local, self.hosts = topology.world_size, topology.ranks_per_host, topology.hosts
-        kinds = self.prices.kinds
-        self.main = [self.prices.main_seconds(k) for k in range(len(kinds))]
-        self.input = [self.prices.input_seconds(k) for k in range(len(kinds))]
-        self.device = [kind.device.sum(0) for kind in kinds]
-        self.host = [kind.host.sum(0) for kind in kinds]
-        self.places = [kind.kind.place for kind in kinds]
-        self.parts_placed = 0
-
-    def place(self, chosen: np.ndarray, *, by_memory: bool = False) -> Found | None:
-        """A plan with these kinds, or None where a part finds no room.
-
-        by_memory: a rank's load is the larger of its shares of the time and of the memory, for when memory is short.
-        """
-        used = list(dict.fromkeys(self.prices.kinds[k].kind.sharding for k in chosen))
-        group = group_seconds(self.prices, used)
-        main = np.full(self.world, self.prices.base_seconds + group[0])
-        hidden = np.full(self.world, group[1])
-        device, host = np.zeros(self.world), np.zeros(self.world)
-        ranks: list[tuple[int, ...]] = [()] * len(chosen)
-        largest = np.array([self.main[k][t].max() for t, k in enumerate(chosen)])
-        size = np.array([self.device[k][t].max() for t, k in enumerate(chosen)])
-        scale = (self.options.main[chosen, np.arange(len(chosen))].sum() / self.world or 1.0, self.options.device_limit)
-        order = np.maximum(largest / scale[0], size / scale[1]) if by_memory else largest
-        by_place: dict[str, list[int]] = {}
-        for t in np.lexsort((np.arange(len(chosen)), -order)):
-            by_place.setdefault(self.places[chosen[t]], []).append(int(t))
-        for t in by_place.get("all", ()):
-            k = chosen[t]
-            for total, part in ((main, self.main), (hidden, self.input), (device, self.device), (host, self.host)):
-                total += part[k][t]
-            ranks[t] = tuple(range(self.world))
-        for t in [*by_place.get("hosts", ()), *by_place.get("host", ()), *by_place.get("distinct_on_host", ())]:
-            where = self._hosts_for(t, chosen[t], main, hidden, device)
-            if where is None:
-                return None
-            ranks[t] = where
-        free = sorted([*by_place.get("one", ()), *by_place.get("distinct", ())], key=lambda t: (-order[t], t))
-        if not self._spread(free, chosen, main, hidden, device, host, ranks, scale if by_memory else None):
-            return None
-        if (device > self.options.device_limit * (1 + 1e-12)).any():
-            return None
-        if (host.reshape(self.hosts, self.local).sum(1) > self.options.host_limit).any():
-            return None
-        choices = tuple(Choice(int(k), where) for k, where in zip(chosen, ranks, strict=True))
-        return Found(np.array(chosen), choices, float(np.maximum(main, hidden).max()))
-
-    def _hosts_for(
-        self, t: int, k: int, main: np.ndarray, hidden: np.ndarray, device: np.ndarray
-    ) -> tuple[int, ...] | None:
-        """Ranks for a table of which a part stands on each rank of a host, on those with least; changes the loads."""
-        kind, place = self.prices.kinds[k].kind, self.places[k]
-        shape = (self.hosts, self.local)
-        if place == "distinct_on_host":
-            by_load = np.argsort(np.maximum(main, hidden).reshape(shape), axis=1, kind="stable")[:, : kind.column_parts]
-            at = by_load + np.arange(self.hosts)[:, None] * self.local
-        else:
-            at = np.arange(self.world).reshape(shape)
-        after = np.maximum(main[at] + self.main[k][t], hidden[at] + self.input[k][t]).max(1)
-        room = (device[at] + self.device[k][t] <= self.options.device_limit).all(1)
-        after = np.where(room, after, np.inf)
-        count = kind.column_parts if place == "hosts" else 1
-        best = np.argsort(after, kind="stable")[:count]
-        if len(best) < count or not np.isfinite(after[best]).all():
-            return None
-        where = at[best]
-        main[where] += self.main[k][t]
-        hidden[where] += self.input[k][t]
-        device[where] += self.device[k][t]
-        return tuple(int(r) for r in where.ravel())
-
-    def _spread(
-        self,
-        tables: Sequence[int],
-        chosen: np.ndarray,
-        main: np.ndarray,
-        hidden: np.ndarray,
-        device: np.ndarray,
-        host: np.ndarray,
-        ranks: list[tuple[int, ...]],
-        scale: tuple[float, float] | None,
-    ) -> bool:
-        """Put parts that may stand on any distinct ranks, in this order; False where one finds no room."""
-        a, b, d, h = main.tolist(), hidden.tolist(), device.tolist(), host.tolist()
-        limit = self.options.device_limit
-        start = min(a)
-
-        def key(rank: int) -> float:
-            time = max(a[rank], b[rank])
-            return time if scale is None else max((time - start) / scale[0], d[rank] / scale[1])
-
-        heap = [(key(rank), rank) for rank in range(self.world)]
-        heapq.heapify(heap)
-        for t in tables:
-            k = chosen[t]
-            part = (self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0], self.host[k][t, 0])
-            count = self.prices.kinds[k].kind.column_parts
-            taken: list[int] = []
-            full: list[tuple[float, int]] = []
-            while heap and len(taken) < count:
-                entry = heapq.heappop(heap)
-                rank = entry[1]
-                if d[rank] + part[2] > limit:
-                    full.append(entry)
-                    continue
-                taken.append(rank)
-            if len(taken) < count:
-                return False
-            for rank in taken:
-                a[rank] += part[0]
-                b[rank] += part[1]
-                d[rank] += part[2]
-                h[rank] += part[3]
-                heapq.heappush(heap, (key(rank), rank))
-            for entry in full:
-                heapq.heappush(heap, entry)
-            ranks[t] = tuple(taken)
-            self.parts_placed += count
-        main[:], hidden[:], device[:], host[:] = a, b, d, h
-        return True
 
 
 def search(options: Options, *, aim: float) -> Found | None:
@@ -175,45 +37,37 @@ def search(options: Options, *, aim: float) -> Found | None:
             best = found
     if best is None:
         return None
-    if best.step > aim * (1 + CLOSE_ENOUGH):
-        for chosen in _finer(options, aim, best.step):
-            found = placer.place(chosen)
-            if found is not None and found.step < best.step:
-                best = found
-    return _improve(options, placer, best)
+    best = _improve(options, placer, best)
+    return _filled(options, placer, aim, polish(placer, best))
 
 
-def _finer(options: Options, aim: float, upper: float):
-    """More choices of kinds for when the parts are nearly as large as what a rank has time for.
+def _filled(options: Options, placer: Placer, aim: float, best: Found) -> Found:
+    """Kinds by the program over configurations, ranks filled one after the other, for steps between the bound and the
+    best so far."""
+    low = aim
+    for _ in range(ROUNDS):
+        if best.step <= low * (1 + CLOSE_ENOUGH):
+            break
+        step = low + NEARER * (best.step - low)
+        found = _reach(options, placer, step)
+        if found is None:
+            low = step
+        else:
+            best = polish(placer, found)
+    return best
 
-    Steps between the bound and the best so far are aimed at.  A part either nearly fills a rank alone, or is at most a
-    share of it, so that such parts fill up what others leave.
-    """
-    types = options.shardings()
-    sets = [tuple(types), tuple(t for t in types if t in WHOLE_OR_COLUMNS)]
-    sets += [(*sets[1], "table_row_wise")] if "table_row_wise" in types else []
-    base = options.prices.base_seconds
-    for subset in dict.fromkeys(s for s in sets if s):
-        allowed = options.only(subset)
-        if not allowed.any(0).all():
-            continue
-        group = min(group_seconds(options.prices, (t,))[0] for t in subset)
-        seen: set[bytes] = set()
-        for factor in AIMS:
-            step = aim * (1 - factor) + upper * factor
-            room = max(step - base - group, 1e-12)
-            for share in SHARES:
-                for alone in ALONE:
-                    fits = allowed & (
-                        (options.main_max <= share * room)
-                        | ((options.main_max >= alone * room) & (options.main_max <= room))
-                    )
-                    finest = np.where(allowed, options.main_max, np.inf)
-                    fits |= allowed & ~fits.any(0) & (finest <= finest.min(0))
-                    chosen, _ = priced_choice(options, options.main, fits, fill=0.97, inside=True)
-                    if chosen.tobytes() not in seen:
-                        seen.add(chosen.tobytes())
-                        yield chosen
+
+def _reach(options: Options, placer: Placer, step: float) -> Found | None:
+    """A plan that takes at most `step` seconds, or None where none was found."""
+    for shardings in cheapest_subsets(options, step)[:SUBSETS]:
+        for spare in SPARES:
+            kinds = relax(options, shardings, step, spare=spare).kinds
+            if kinds is None:
+                break  # and none that leaves more free
+            found = placer.fill(kinds, step)
+            if found is not None:
+                return found
+    return None
 
 
 def _starts(options: Options, aim: float):
@@ -273,7 +127,7 @@ def _improve(options: Options, placer: Placer, best: Found) -> Found:
                 break
         if better is None:
             break
-    return polish(placer, best)
+    return best
 
 
 def _on_slowest(placer: Placer, found: Found) -> list[int]:
@@ -309,44 +163,48 @@ def polish(placer: Placer, found: Found) -> Found:
     main += options.prices.base_seconds + group[0]
     hidden += group[1]
 
-    def part(t: int) -> np.ndarray:
-        k = kinds[t]
-        return np.array([placer.main[k][t, 0], placer.input[k][t, 0], placer.device[k][t, 0], placer.host[k][t, 0]])
-
-    loads = np.stack([main, hidden, device, host])
-    for _ in range(300):
-        time = loads[:2].max(0)
+    if host.any() and placer.hosts > 1:
+        return found  # a host's memory would have to be counted too
+    part_T4 = np.array(
+        [(placer.main[k][t, 0], placer.input[k][t, 0], placer.device[k][t, 0], 0.0) for t, k in enumerate(kinds)]
+    )
+    loads = np.stack([main, hidden, device, host], 1)  # (W, 4)
+    for _ in range(MOVES):
+        time = loads[:, :2].max(1)
         worst = int(time.argmax())
-        lightest = [int(r) for r in np.argsort(time, kind="stable")[:24] if r != worst]
-        best: tuple[float, int, int, tuple[int, int], tuple[int, int] | None] | None = None
-        for one in movable[worst]:
-            a = part(one[0])
-            for rank in lightest:
-                if rank in choices[one[0]]:
-                    continue
-                for other in (None, *movable[rank]):
-                    if other is not None and worst in choices[other[0]]:
-                        continue
-                    b = part(other[0]) if other is not None else 0.0
-                    left, right = loads[:, worst] - a + b, loads[:, rank] + a - b
-                    if max(left[2], right[2]) > options.device_limit or (host.any() and placer.hosts > 1):
-                        continue
-                    after = max(left[0], left[1], right[0], right[1])
-                    if after < time[worst] * (1 - 1e-9) and (best is None or after < best[0]):
-                        best = (after, rank, worst, one, other)
-        if best is None:
+        order = np.argsort(time, kind="stable")[:LIGHTEST]
+        # What may come in exchange: nothing, or a part of a table that has none on the slowest rank.
+        others = [
+            (int(rank), other)
+            for rank in order
+            if rank != worst
+            for other in (None, *(m for m in movable[rank] if worst not in choices[m[0]]))
+        ]
+        if not movable[worst] or not others:
             break
-        _, rank, _, one, other = best
+        at_O = np.array([rank for rank, _ in others])
+        give_A = part_T4[[t for t, _ in movable[worst]]]
+        take_O = np.array([np.zeros(4) if other is None else part_T4[other[0]] for _, other in others])
+        moved_AO = give_A[:, None] - take_O[None]
+        left_AO, right_AO = loads[worst] - moved_AO, loads[at_O][None] + moved_AO
+        after_AO = np.maximum(left_AO[..., :2].max(-1), right_AO[..., :2].max(-1))
+        after_AO[np.maximum(left_AO[..., 2], right_AO[..., 2]) > options.device_limit] = np.inf
+        for a, (t, _) in enumerate(movable[worst]):
+            after_AO[a, np.isin(at_O, choices[t])] = np.inf
+        a, o = np.unravel_index(int(after_AO.argmin()), after_AO.shape)
+        if not after_AO[a, o] < time[worst] * (1 - 1e-9):
+            break
+        one, (rank, other) = movable[worst][a], others[o]
         for moved, source, target in ((one, worst, rank), (other, rank, worst)):
             if moved is None:
                 continue
             t, i = moved
-            loads[:, source] -= part(t)
-            loads[:, target] += part(t)
+            loads[source] -= part_T4[t]
+            loads[target] += part_T4[t]
             choices[t][i] = target
             movable[source].remove(moved)
             movable[target].append(moved)
-    step = float(loads[:2].max())
+    step = float(loads[:, :2].max())
     if step >= found.step:
         return found
     made = tuple(Choice(c.kind, tuple(ranks)) for c, ranks in zip(found.choices, choices, strict=True))

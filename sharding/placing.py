@@ -1,0 +1,265 @@
+"""Puts the parts of chosen kinds on ranks.
+
+    Placer(options).place(kinds) -> Found or None         longest first, each on the rank that has least so far
+    Placer(options).fill(kinds, step) -> Found or None    one rank after the other, each as full as the step allows
+
+Longest first is good where parts are small beside what a rank has time for.  Where they are not, a rank takes the
+largest part left and, of the others, the set that comes nearest to filling it (Gupta and Ho, "A new heuristic algorithm
+for the one-dimensional bin-packing problem", 1999: minimum bin slack).
+
+Shapes: K kinds, T tables, W ranks, P positions.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sharding.bound import Options, group_seconds
+from sharding.cost import Choice
+
+HOST_WORK = 25  # finding a host for a table takes as long as placing this many parts
+CELLS = 1 << 13  # of a whole rank's capacity, in which `fill` counts sizes; a set of sums is the bits of a number
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """kinds (T,): of each table.  choices: with their ranks.  step: seconds."""
+
+    kinds: np.ndarray
+    choices: tuple[Choice, ...]
+    step: float
+
+
+@dataclass(eq=False)
+class _Loads:
+    """What stands where so far.  main, hidden (W,) seconds; device, host (W,) bytes; ranks: of every table's parts."""
+
+    main: np.ndarray
+    hidden: np.ndarray
+    device: np.ndarray
+    host: np.ndarray
+    ranks: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class Placer:
+    """Fixed parts first, then those that need a host, then those that may stand on any distinct ranks."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.prices = options, options.prices
+        topology = self.prices.topology
+        self.world, self.local, self.hosts = topology.world_size, topology.ranks_per_host, topology.hosts
+        kinds = self.prices.kinds
+        self.main = [self.prices.main_seconds(k) for k in range(len(kinds))]
+        self.input = [self.prices.input_seconds(k) for k in range(len(kinds))]
+        self.device = [kind.device.sum(0) for kind in kinds]
+        self.host = [kind.host.sum(0) for kind in kinds]
+        self.places = [kind.kind.place for kind in kinds]
+        self.parts_placed = 0
+
+    def place(self, chosen: np.ndarray, *, by_memory: bool = False) -> Found | None:
+        """A plan with these kinds, or None where a part finds no room.
+
+        by_memory: a rank's load is the larger of its shares of the time and of the memory, for when memory is short.
+        """
+        order = np.array([self.main[k][t].max() for t, k in enumerate(chosen)])
+        scale = (self.options.main[chosen, np.arange(len(chosen))].sum() / self.world or 1.0, self.options.device_limit)
+        if by_memory:
+            size = np.array([self.device[k][t].max() for t, k in enumerate(chosen)])
+            order = np.maximum(order / scale[0], size / scale[1])
+        started = self._started(chosen, order)
+        if started is None:
+            return None
+        loads, free = started
+        if not self._spread(free, chosen, loads, scale if by_memory else None):
+            return None
+        return self._made(chosen, loads)
+
+    def fill(self, chosen: np.ndarray, step: float) -> Found | None:
+        """A plan with these kinds that takes no longer than `step`, or None where none was found."""
+        started = self._started(chosen, np.array([self.main[k][t].max() for t, k in enumerate(chosen)]))
+        if started is None:
+            return None
+        loads, free = started
+        limit = self.options.device_limit
+        whole = np.array([step - loads.main.min(), step - loads.hidden.min(), limit])
+        left_W = np.min(
+            [(step - loads.main) / whole[0], (step - loads.hidden) / whole[1], (limit - loads.device) / whole[2]], 0
+        )
+        if whole.min() <= 0 or left_W.min() < -1e-12:
+            return None
+        # The largest share of the three: parts whose shares sum to at most what is left exceed none of them.
+        shares = [
+            max((self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0]) / whole)
+            for t, k in ((t, chosen[t]) for t in free)
+        ]
+        sizes = np.ceil(np.array(shares) * CELLS * (1 - 1e-12)).astype(int)
+        counts = [self.prices.kinds[chosen[t]].kind.column_parts for t in free]
+        filled = _fill(sizes.tolist(), counts, np.floor(left_W * CELLS + 1e-6).astype(int).tolist())
+        if filled is None:
+            return None
+        for t, ranks in zip(free, filled, strict=True):
+            k, at = chosen[t], list(ranks)
+            for total, part in self._parts(loads):
+                total[at] += part[k][t, 0]
+            loads.ranks[t] = ranks
+        self.parts_placed += sum(counts)
+        return self._made(chosen, loads)
+
+    def _parts(self, loads: _Loads) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        yield from ((loads.main, self.main), (loads.hidden, self.input), (loads.device, self.device))
+        yield loads.host, self.host
+
+    def _started(self, chosen: np.ndarray, order: np.ndarray) -> tuple[_Loads, list[int]] | None:
+        """The loads with the parts that have no choice of ranks or one of hosts, and the other tables, the largest by
+        `order` first."""
+        used = list(dict.fromkeys(self.prices.kinds[k].kind.sharding for k in chosen))
+        group = group_seconds(self.prices, used)
+        loads = _Loads(
+            main=np.full(self.world, self.prices.base_seconds + group[0]),
+            hidden=np.full(self.world, group[1]),
+            device=np.zeros(self.world),
+            host=np.zeros(self.world),
+            ranks=[()] * len(chosen),
+        )
+        by_place: dict[str, list[int]] = {}
+        for t in np.lexsort((np.arange(len(chosen)), -order)):
+            by_place.setdefault(self.places[chosen[t]], []).append(int(t))
+        for t in by_place.get("all", ()):
+            for total, part in self._parts(loads):
+                total += part[chosen[t]][t]
+            loads.ranks[t] = tuple(range(self.world))
+        for t in [*by_place.get("hosts", ()), *by_place.get("host", ()), *by_place.get("distinct_on_host", ())]:
+            where = self._hosts_for(t, chosen[t], loads)
+            if where is None:
+                return None
+            loads.ranks[t] = where
+            self.parts_placed += HOST_WORK
+        return loads, sorted([*by_place.get("one", ()), *by_place.get("distinct", ())], key=lambda t: (-order[t], t))
+
+    def _made(self, chosen: np.ndarray, loads: _Loads) -> Found | None:
+        """None where the memory is short."""
+        if (loads.device > self.options.device_limit * (1 + 1e-12)).any():
+            return None
+        if (loads.host.reshape(self.hosts, self.local).sum(1) > self.options.host_limit).any():
+            return None
+        choices = tuple(Choice(int(k), where) for k, where in zip(chosen, loads.ranks, strict=True))
+        return Found(np.array(chosen), choices, float(np.maximum(loads.main, loads.hidden).max()))
+
+    def _hosts_for(self, t: int, k: int, loads: _Loads) -> tuple[int, ...] | None:
+        """Ranks for a table of which a part stands on each rank of a host, on those with least; changes the loads."""
+        kind, place = self.prices.kinds[k].kind, self.places[k]
+        shape = (self.hosts, self.local)
+        if place == "distinct_on_host":
+            time = np.maximum(loads.main, loads.hidden).reshape(shape)
+            by_load = np.argsort(time, axis=1, kind="stable")[:, : kind.column_parts]
+            at = by_load + np.arange(self.hosts)[:, None] * self.local
+        else:
+            at = np.arange(self.world).reshape(shape)
+        after = np.maximum(loads.main[at] + self.main[k][t], loads.hidden[at] + self.input[k][t]).max(1)
+        room = (loads.device[at] + self.device[k][t] <= self.options.device_limit).all(1)
+        after = np.where(room, after, np.inf)
+        count = kind.column_parts if place == "hosts" else 1
+        best = np.argsort(after, kind="stable")[:count]
+        if len(best) < count or not np.isfinite(after[best]).all():
+            return None
+        where = at[best]
+        loads.main[where] += self.main[k][t]
+        loads.hidden[where] += self.input[k][t]
+        loads.device[where] += self.device[k][t]
+        return tuple(int(r) for r in where.ravel())
+
+    def _spread(
+        self, tables: Sequence[int], chosen: np.ndarray, loads: _Loads, scale: tuple[float, float] | None
+    ) -> bool:
+        """Put parts that may stand on any distinct ranks, in this order; False where one finds no room."""
+        a, b, d, h = loads.main.tolist(), loads.hidden.tolist(), loads.device.tolist(), loads.host.tolist()
+        limit = self.options.device_limit
+        start = min(a)
+
+        def key(rank: int) -> float:
+            time = max(a[rank], b[rank])
+            return time if scale is None else max((time - start) / scale[0], d[rank] / scale[1])
+
+        heap = [(key(rank), rank) for rank in range(self.world)]
+        heapq.heapify(heap)
+        for t in tables:
+            k = chosen[t]
+            part = (self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0], self.host[k][t, 0])
+            count = self.prices.kinds[k].kind.column_parts
+            taken: list[int] = []
+            full: list[tuple[float, int]] = []
+            while heap and len(taken) < count:
+                entry = heapq.heappop(heap)
+                rank = entry[1]
+                if d[rank] + part[2] > limit:
+                    full.append(entry)
+                    continue
+                taken.append(rank)
+            if len(taken) < count:
+                return False
+            for rank in taken:
+                a[rank] += part[0]
+                b[rank] += part[1]
+                d[rank] += part[2]
+                h[rank] += part[3]
+                heapq.heappush(heap, (key(rank), rank))
+            for entry in full:
+                heapq.heappush(heap, entry)
+            loads.ranks[t] = tuple(taken)
+            self.parts_placed += count
+        loads.main[:], loads.hidden[:], loads.device[:], loads.host[:] = a, b, d, h
+        return True
+
+
+def _fill(sizes: Sequence[int], counts: Sequence[int], capacities: Sequence[int]) -> list[tuple[int, ...]] | None:
+    """The ranks of every item, which stands counts[i] times on distinct ranks; None where not all find room.
+
+    sizes: the largest first.  capacities: of every rank.
+    sizes 5 3 2, counts 1 2 1, capacities 7 3 3: the first rank takes 5 and 2, the others a 3 each.
+    """
+    left = list(counts)
+    found: list[list[int]] = [[] for _ in sizes]
+    by_capacity: dict[int, list[int]] = {}
+    for rank in sorted(range(len(capacities)), key=lambda r: (capacities[r], r)):
+        by_capacity.setdefault(capacities[rank], []).append(rank)
+    ranks_left = len(capacities)
+    for capacity, ranks in by_capacity.items():  # the fullest ranks first: little fits there
+        while ranks:
+            taken = _nearest(sizes, left, capacity, ranks_left)
+            if taken is None:
+                return None
+            # As many ranks alike as there are parts of all of these; not so many that another part must stand on one.
+            spare = min((ranks_left - n for i, n in enumerate(left) if n and i not in taken), default=ranks_left)
+            alike = max(1, min([len(ranks), spare, *(left[i] for i in taken)]))
+            for i in taken:
+                left[i] -= alike
+                found[i] += ranks[:alike]
+            ranks_left -= alike
+            del ranks[:alike]
+    return None if any(left) else [tuple(sorted(ranks)) for ranks in found]
+
+
+def _nearest(sizes: Sequence[int], left: Sequence[int], capacity: int, ranks_left: int) -> set[int] | None:
+    """Items for a rank: those that have as many parts left as there are ranks, the largest that fits, and of the others
+    the set whose sizes sum to the most that still fits.  None where the first do not fit."""
+    taken = {i for i, n in enumerate(left) if n >= ranks_left}
+    room = capacity - sum(sizes[i] for i in taken)
+    if room < 0:
+        return None
+    fitting = [i for i, n in enumerate(left) if n and i not in taken and sizes[i] <= room]
+    if fitting and not taken:
+        taken.add(fitting[0])
+        room -= sizes[fitting[0]]
+        fitting = [i for i in fitting[1:] if sizes[i] <= room]
+    mask, reached, sums = (1 << (room + 1)) - 1, 1, []
+    for i in reversed(fitting):  # the smallest first, so that going back the largest are preferred
+        sums.append(reached)
+        reached |= (reached << sizes[i]) & mask
+    at = reached.bit_length() - 1
+    for i, before in zip(fitting, reversed(sums), strict=True):
+        if sizes[i] <= at and before >> (at - sizes[i]) & 1:
+            taken.add(i)
+            at -= sizes[i]
+    return taken
