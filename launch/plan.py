@@ -26,6 +26,7 @@ from sharding.planner import Infeasible, Limits, Rule, Solution
 from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
+from sharding.ways_out import ways_out
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def answer(asked: Asked) -> dict[str, Any]:
     try:
         solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     except Infeasible as short:
-        ways = planner.ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
+        ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
         return {
             "feasible": False,
             "cluster": asked.cluster.title,

@@ -24,6 +24,7 @@ from sharding.cost import Prices
 
 STEPS = 40  # of a bisection
 MULTIPLIER_STEPS = 24
+HOST_STEPS = 10  # of the multiplier of the host's memory, each with a search for the device's
 SLACK = 1e-9  # relative; sums in another order differ by less
 CLOSE = 2e-3  # a set of sharding types whose bound cannot be lower by more than this is not looked at in detail
 
@@ -86,6 +87,10 @@ class Options:
     @property
     def device_total(self) -> float:
         return self.device_limit * self.prices.topology.world_size
+
+    @property
+    def host_total(self) -> float:
+        return self.host_limit * self.prices.topology.hosts
 
     def shardings(self) -> list[str]:
         """Types that some table may have."""
@@ -208,11 +213,13 @@ def passes(
 
 def _cheapest_total(options: Options, weight: np.ndarray, fits: np.ndarray) -> float:
     """The least sum of `weight` over one fitting option per table that fits the memory, or a bound below it."""
-    least, multiplier = priced_choice(options, weight, fits)
-    total = _chosen(weight, least).sum()
-    if multiplier == 0.0:
-        return float(total)
-    return float(total + multiplier * (_chosen(options.device, least).sum() - options.device_total))
+    least, device, host = priced_choice(options, weight, fits)
+    total = float(_chosen(weight, least).sum())
+    for multiplier, used, limit in ((device, options.device, options.device_total),
+                                    (host, options.host, options.host_total)):  # fmt: skip
+        if multiplier:
+            total += multiplier * float(_chosen(used, least).sum() - limit)
+    return total
 
 
 def _chosen(values: np.ndarray, kinds: np.ndarray) -> np.ndarray:
@@ -221,37 +228,80 @@ def _chosen(values: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 def priced_choice(
     options: Options, weight: np.ndarray, fits: np.ndarray, *, fill: float = 1.0, inside: bool = False
-) -> tuple[np.ndarray, float]:
-    """(T,) the kinds of least weight + multiplier * device bytes, with the multiplier that bounds the weight best.
+) -> tuple[np.ndarray, float, float]:
+    """((T,) kinds, d, h): those of least weight + d * device bytes + h * host bytes, with the multipliers that bound
+    the weight best.
 
-    fill: share of the device memory to use.  inside: choose on the side of the multiplier that fits the memory.
+    fill: share of the memory to use.  inside: choose on the side of the multipliers that fits the memory.
     """
-    limit = options.device_total * fill
-    least = np.where(fits, weight, np.inf).argmin(0)
-    if _chosen(options.device, least).sum() <= limit:
+
+    def by_device(priced: np.ndarray) -> tuple[np.ndarray, float]:
+        return _multiplied(priced, options.device, fits, options.device_total * fill, inside=inside)
+
+    both, room = options.device + options.host, (options.device_total + options.host_total) * fill
+    least = np.where(fits, both, np.inf).argmin(0)
+    if (short := _chosen(both, least).sum() - room) > 0:  # nothing fits, and multipliers that say so
+        enough = 1e6 * float(np.where(fits, weight, 0).max(0).sum() + 1) / short
+        return np.where(fits, weight + enough * both, np.inf).argmin(0), enough, enough
+    least, device = by_device(weight)
+    limit = options.host_total * fill
+    if _chosen(options.host, least).sum() <= limit:
+        return least, device, 0.0
+    host = _multiplier(
+        weight, options.host, fits, limit, lambda priced: by_device(priced)[0], inside=inside, steps=HOST_STEPS
+    )
+    return *by_device(np.where(fits, weight, 0.0) + host * options.host), host
+
+
+def _multiplied(
+    weight: np.ndarray, used: np.ndarray, fits: np.ndarray, limit: float, *, inside: bool
+) -> tuple[np.ndarray, float]:
+    """((T,) kinds of least weight + multiplier * used, multiplier), as priced_choice for one memory."""
+
+    def cheapest(priced: np.ndarray) -> np.ndarray:
+        return np.where(fits, priced, np.inf).argmin(0)
+
+    least = cheapest(weight)
+    if _chosen(used, least).sum() <= limit:
         return least, 0.0
-    low, high = 0.0, 1e-30
-    scale = max(float(np.where(fits, weight, 0).max()), 1e-30) / max(limit, 1.0)
-    high = scale
-    for _ in range(60):
-        tried = np.where(fits, weight + high * options.device, np.inf).argmin(0)
-        if _chosen(options.device, tried).sum() <= limit:
+    multiplier = _multiplier(weight, used, fits, limit, cheapest, inside=inside)
+    return cheapest(weight + multiplier * used), multiplier
+
+
+def _multiplier(
+    weight: np.ndarray,
+    used: np.ndarray,
+    fits: np.ndarray,
+    limit: float,
+    cheapest: Callable[[np.ndarray], np.ndarray],
+    *,
+    inside: bool,
+    steps: int = MULTIPLIER_STEPS,
+) -> float:
+    """By bisection: the multiplier of `used` for which the weight is bounded best, or the least found that fits.
+
+    cheapest: (K, T) weights -> (T,) kinds.
+    """
+    low, high = 0.0, max(float(np.where(fits, weight, 0).max()), 1e-30) / max(limit, 1.0)
+    short = np.where(fits, used, np.inf).min(0).sum() - limit
+    if short > 0:  # nothing fits, and a multiplier that says so
+        return 1e6 * (float(np.where(fits, weight, 0).max(0).sum()) + high) / short
+    for _ in range(2 * steps):
+        if _chosen(used, cheapest(weight + high * used)).sum() <= limit:
             break
         high *= 4
     else:
-        return tried, high
-    best, best_value = (least, 0.0), -np.inf
-    for _ in range(MULTIPLIER_STEPS):
+        return high
+    best, best_value = 0.0, -np.inf
+    for _ in range(steps):
         middle = 0.5 * (low + high)
-        tried = np.where(fits, weight + middle * options.device, np.inf).argmin(0)
-        over = _chosen(options.device, tried).sum() - limit
+        tried = cheapest(weight + middle * used)
+        over = _chosen(used, tried).sum() - limit
         value = _chosen(weight, tried).sum() + middle * over
         if value > best_value:
-            best, best_value = (tried, middle), value
+            best, best_value = middle, value
         low, high = (middle, high) if over > 0 else (low, middle)
-    if inside:
-        return np.where(fits, weight + high * options.device, np.inf).argmin(0), high
-    return best
+    return high if inside else best
 
 
 def _dual_feasible() -> Iterator[Callable[[np.ndarray], np.ndarray]]:

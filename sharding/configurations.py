@@ -3,7 +3,7 @@
     relax(options, shardings, step) -> Relaxation or None
 
 Gilmore and Gomory's program for cutting stock ("A linear programming approach to the cutting-stock problem", 1961),
-with a choice of kinds: every table has kinds in shares that sum to 1, every rank has one configuration, a set of parts that
+with a choice of kinds: every table has kinds in shares that sum to 1, every rank one configuration, a set of parts that
 fits into the step; the fewest ranks that hold all parts are sought.  Its dual prices a part by its size so that no
 configuration is worth more than 1; a table is then worth its cheapest kind, and the sum over the tables is a number of
 ranks that no plan does without.  Configurations are generated where prices violate them, by a knapsack over sizes.

@@ -64,10 +64,11 @@ class Placer:
         by_memory: a rank's load is the larger of its shares of the time and of the memory, for when memory is short.
         """
         order = np.array([self.main[k][t].max() for t, k in enumerate(chosen)])
-        scale = (self.options.main[chosen, np.arange(len(chosen))].sum() / self.world or 1.0, self.options.device_limit)
+        scale = self.options.main[chosen, np.arange(len(chosen))].sum() / self.world or 1.0
         if by_memory:
-            size = np.array([self.device[k][t].max() for t, k in enumerate(chosen)])
-            order = np.maximum(order / scale[0], size / scale[1])
+            device = np.array([self.device[k][t].max() for t, k in enumerate(chosen)]) / self.options.device_limit
+            host = np.array([self.host[k][t].max() for t, k in enumerate(chosen)]) / self.options.host_limit
+            order = np.max([order / scale, device, host], 0)
         started = self._started(chosen, order)
         if started is None:
             return None
@@ -82,16 +83,16 @@ class Placer:
         if started is None:
             return None
         loads, free = started
-        limit = self.options.device_limit
-        whole = np.array([step - loads.main.min(), step - loads.hidden.min(), limit])
-        left_W = np.min(
-            [(step - loads.main) / whole[0], (step - loads.hidden) / whole[1], (limit - loads.device) / whole[2]], 0
-        )
-        if whole.min() <= 0 or left_W.min() < -1e-12:
+        # Of a host's memory every rank has an equal share here.
+        limits = np.array([step, step, self.options.device_limit, self.options.host_limit / self.local])
+        used = np.array([loads.main, loads.hidden, loads.device, loads.host])
+        whole = limits - [loads.main.min(), loads.hidden.min(), 0.0, 0.0]
+        left_W = ((limits[:, None] - used) / whole[:, None]).min(0) if whole.min() > 0 else np.array([-1.0])
+        if left_W.min() < -1e-12:
             return None
-        # The largest share of the three: parts whose shares sum to at most what is left exceed none of them.
+        # The largest share of the four: parts whose shares sum to at most what is left exceed none of them.
         shares = [
-            max((self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0]) / whole)
+            max((self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0], self.host[k][t, 0]) / whole)
             for t, k in ((t, chosen[t]) for t in free)
         ]
         sizes = np.ceil(np.array(shares) * CELLS * (1 - 1e-12)).astype(int)
@@ -170,17 +171,21 @@ class Placer:
         loads.device[where] += self.device[k][t]
         return tuple(int(r) for r in where.ravel())
 
-    def _spread(
-        self, tables: Sequence[int], chosen: np.ndarray, loads: _Loads, scale: tuple[float, float] | None
-    ) -> bool:
-        """Put parts that may stand on any distinct ranks, in this order; False where one finds no room."""
+    def _spread(self, tables: Sequence[int], chosen: np.ndarray, loads: _Loads, scale: float | None) -> bool:
+        """Put parts that may stand on any distinct ranks, in this order; False where one finds no room.
+
+        scale: seconds that count as much as a memory that is full; None: memory only has to have room.
+        """
         a, b, d, h = loads.main.tolist(), loads.hidden.tolist(), loads.device.tolist(), loads.host.tolist()
-        limit = self.options.device_limit
+        on_host = loads.host.reshape(self.hosts, self.local).sum(1).tolist()
+        limit, host_limit, local = self.options.device_limit, self.options.host_limit, self.local
         start = min(a)
 
         def key(rank: int) -> float:
             time = max(a[rank], b[rank])
-            return time if scale is None else max((time - start) / scale[0], d[rank] / scale[1])
+            if scale is None:
+                return time
+            return max((time - start) / scale, d[rank] / limit, on_host[rank // local] / host_limit)
 
         heap = [(key(rank), rank) for rank in range(self.world)]
         heapq.heapify(heap)
@@ -191,12 +196,14 @@ class Placer:
             taken: list[int] = []
             full: list[tuple[float, int]] = []
             while heap and len(taken) < count:
-                entry = heapq.heappop(heap)
-                rank = entry[1]
-                if d[rank] + part[2] > limit:
-                    full.append(entry)
-                    continue
-                taken.append(rank)
+                was, rank = heapq.heappop(heap)
+                if scale is not None and key(rank) > was:  # another rank of its host has taken memory since
+                    heapq.heappush(heap, (key(rank), rank))
+                elif d[rank] + part[2] > limit or on_host[rank // local] + part[3] > host_limit:
+                    full.append((was, rank))
+                else:
+                    taken.append(rank)
+                    on_host[rank // local] += part[3]
             if len(taken) < count:
                 return False
             for rank in taken:
@@ -204,8 +211,7 @@ class Placer:
                 b[rank] += part[1]
                 d[rank] += part[2]
                 h[rank] += part[3]
-                heapq.heappush(heap, (key(rank), rank))
-            for entry in full:
+            for entry in [(key(rank), rank) for rank in taken] + full:
                 heapq.heappush(heap, entry)
             loads.ranks[t] = tuple(taken)
             self.parts_placed += count

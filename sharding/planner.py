@@ -7,7 +7,7 @@ says how far it can be from the best: `gap`.  Equal inputs give equal plans.  No
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -16,14 +16,14 @@ from kernels import registry
 from kernels.errors import UserError
 from sharding import exact
 from sharding.bound import Options, lower_bound
-from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, TableLoad, Work, load, price
+from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, Work, load, price
 from sharding.placing import Found, Placer
-from sharding.search import polish, search
-from sharding.skew import Skew
+from sharding.search import fits_somehow, polish, search
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology
 
 SPARE = 0.05  # of a device's memory, left to the allocator's fragments where nobody says how much to use
+FEW_NODES = 20  # of the exact search, where only whether there is a plan is asked
 SOLVED = 5e-4  # a gap from which nothing is gained by an exact solution
 
 
@@ -95,17 +95,9 @@ def solve(
 
     rules: by table name.  Raises Infeasible where memory is short, UserError where a rule cannot be met.
     """
-    _check(work, topology)
-    rules = rules or {}
-    prices = price(work, topology, extra=asked_kinds(work, topology, rules))
-    return solve_prices(prices, rules=rules, limits=limits)
-
-
-def solve_prices(prices: Prices, *, rules: Mapping[str, Rule], limits: Limits) -> Solution:
-    """The same with prices made before."""
-    device, host = limits.of(prices.topology)
-    options = Options.of(prices, _allowed(prices, rules), device_limit=device, host_limit=host)
-    _check_each(prices, options, device)
+    options = _options(work, topology, rules or {}, limits)
+    prices = options.prices
+    device, host = limits.of(topology)
     aim = lower_bound(options, upper=np.inf)
     found = search(options, aim=aim)
     bound, proved = aim, False
@@ -120,6 +112,27 @@ def solve_prices(prices: Prices, *, rules: Mapping[str, Rule], limits: Limits) -
         raise _short(prices, options, device, host)
     bound = min(bound, found.step)
     return Solution(prices, options, found.choices, load(prices, found.choices), bound, proved or found.step <= bound)
+
+
+def has_plan(work: Work, topology: Topology, *, rules: Mapping[str, Rule], limits: Limits) -> bool:
+    """Whether `solve` would find a plan, in less time."""
+    try:
+        options = _options(work, topology, rules, limits)
+    except UserError:
+        return False
+    return fits_somehow(options) or (
+        exact.variables(options) <= exact.MAX_VARIABLES and exact.solve(options, nodes=FEW_NODES).choices is not None
+    )
+
+
+def _options(work: Work, topology: Topology, rules: Mapping[str, Rule], limits: Limits) -> Options:
+    """What every table may become.  UserError where the input makes no sense or one table does not fit at all."""
+    _check(work, topology)
+    prices = price(work, topology, extra=asked_kinds(work, topology, rules))
+    device, host = limits.of(topology)
+    options = Options.of(prices, _allowed(prices, rules), device_limit=device, host_limit=host)
+    _check_each(prices, options, device)
+    return options
 
 
 def _better(options: Options, found: Found | None, best: exact.Exact) -> Found:
@@ -265,8 +278,8 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
     if options.device_limit <= 0:
         short = int(np.ceil(-options.device_limit))
         raise Infeasible(
-            f"each rank needs {_gib(prices.base_bytes)} beside the tables (dense layers, activations, batches), and "
-            f"has {_gib(device)}: short by {_gib(short)} ({short:,} bytes); use a smaller "
+            f"each rank needs {gib(prices.base_bytes)} beside the tables (dense layers, activations, batches), and "
+            f"has {gib(device)}: short by {gib(short)} ({short:,} bytes); use a smaller "
             "train.batch_size or more memory",
             short_by=short,
             who="every rank, before any table",
@@ -279,9 +292,9 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
         smallest = options.device_max[least, t]
         short = int(np.ceil(smallest - options.device_limit))
         raise Infeasible(
-            f"table {table.name!r} ({table.rows:,} rows, {table.dim} columns, {_gib(table.bytes)}): at its smallest, "
-            f"{prices.kinds[least].kind.label}, a part takes {_gib(smallest)} of a rank that has "
-            f"{_gib(options.device_limit)} for tables on {world} ranks: short by {_gib(short)} ({short:,} bytes); "
+            f"table {table.name!r} ({table.rows:,} rows, {table.dim} columns, {gib(table.bytes)}): at its smallest, "
+            f"{prices.kinds[least].kind.label}, a part takes {gib(smallest)} of a rank that has "
+            f"{gib(options.device_limit)} for tables on {world} ranks: short by {gib(short)} ({short:,} bytes); "
             "`tablemesh plan` lists the ways out",
             short_by=max(short, 1),
             who=f"table {table.name!r}",
@@ -291,16 +304,20 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
 
 def _short(prices: Prices, options: Options, device: float, host: float) -> Infeasible:
     """What is missing: by all ranks together, or by the way the parts fall on them."""
-    least = np.where(options.allowed, options.device, np.inf).min(0).sum()
-    world = prices.topology.world_size
+    least = np.where(options.allowed, options.device + options.host, np.inf).min(0).sum()
+    world, total = prices.topology.world_size, options.device_total
+    beyond = ""
+    if (options.host[options.allowed] > 0).any():
+        total += options.host_total
+        beyond = f" and {gib(host)} of each host"
     names = [t.name for t in prices.tables]
     largest = max(prices.tables, key=lambda t: t.bytes)
-    short = int(np.ceil(least - options.device_total))
+    short = int(np.ceil(least - total))
     if short > 0:
         return Infeasible(
-            f"the {len(names)} tables need at least {_gib(least)}, the {world} ranks of {prices.topology.title} have "
-            f"{_gib(options.device_total)} for tables ({_gib(device)} each): short by {_gib(short)} ({short:,} bytes); "
-            f"the largest table is {largest.name!r} with {_gib(largest.bytes)}; `tablemesh plan` lists the ways out",
+            f"the {len(names)} tables need at least {gib(least)}, the {world} ranks of {prices.topology.title} have "
+            f"{gib(total)} for tables ({gib(device)} each{beyond}): short by {gib(short)} ({short:,} bytes); "
+            f"the largest table is {largest.name!r} with {gib(largest.bytes)}; `tablemesh plan` lists the ways out",
             short_by=short,
             who="all ranks together",
         )
@@ -314,8 +331,8 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
     short = max(1, int(np.ceil((high - 1) * options.device_limit)))
     return Infeasible(
         f"the {len(names)} tables fit the {world} ranks of {prices.topology.title} in sum, but not in whole parts: "
-        f"with {_gib(device)} a rank (and {_gib(host)} a host for tables outside the device) the fullest is short by "
-        f"{_gib(short)} ({short:,} bytes); `tablemesh plan` lists the ways out",
+        f"with {gib(device)} a rank (and {gib(host)} a host for tables outside the device) the fullest is short by "
+        f"{gib(short)} ({short:,} bytes); `tablemesh plan` lists the ways out",
         short_by=short,
         who="the fullest rank",
     )
@@ -324,157 +341,9 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
 def _places(options: Options, factor: float) -> bool:
     wider = replace(options, device_limit=options.device_limit * factor)
     least = np.where(wider.allowed, wider.device_max, np.inf).argmin(0)
-    placer = Placer(wider)
-    return placer.place(least, by_memory=True) is not None or search(wider, aim=0.0) is not None
+    return Placer(wider).place(least, by_memory=True) is not None or fits_somehow(wider)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WayOut:
-    """A change after which a plan exists, tried by planning again.
-
-    how: in words.  step: seconds of the plan it gives.  change: the same for programs.
-    """
-
-    how: str
-    step: float
-    change: Mapping[str, object] = field(default_factory=dict)
-
-
-def ways_out(
-    work: Work, topology: Topology, *, rules: Mapping[str, Rule], limits: Limits, short: Infeasible
-) -> list[WayOut]:
-    """What would help, the cheapest first: rules lifted, another tier, a smaller dimension, fewer rows, a smaller
-    batch, more devices.  Each is checked by solving again."""
-    found: list[WayOut] = []
-
-    def tried(how: str, change: dict[str, object], **changed: object) -> bool:
-        asked: dict[str, object] = {"work": work, "topology": topology, "rules": rules, "limits": limits} | changed
-        try:
-            solution = solve(asked["work"], asked["topology"], rules=asked["rules"], limits=asked["limits"])
-        except UserError:
-            return False
-        found.append(WayOut(how=how, step=solution.load.step_seconds, change=change))
-        return True
-
-    def first_that(values: Sequence[float], attempt) -> None:
-        """The first value that helps, by bisection: if one helps, all after it do."""
-        values = list(values)
-        if not values or not attempt(values[-1], keep=False):
-            return
-        low, high = 0, len(values) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if attempt(values[middle], keep=False) else (middle + 1, high)
-        attempt(values[low], keep=True)
-
-    def attempt_with(how, change, changed):
-        def attempt(value: float, *, keep: bool) -> bool:
-            worked = tried(how(value), change(value), **changed(value))
-            if worked and not keep:
-                found.pop()
-            return worked
-
-        return attempt
-
-    if any(r.shardings is not None or r.tiers is not None for r in rules.values()):
-        asked = [name for name, r in rules.items() if r.shardings is not None or r.tiers is not None]
-        named = ", ".join(asked[:4]) + (f" and {len(asked) - 4} more" if len(asked) > 4 else "")
-        tried(
-            f"leave the sharding and tier of {named} to the planner (rows or columns in parts)",
-            {"rules": None},
-            rules={},
-        )
-    dims = sorted({t.dim for t in work.tables}, reverse=True)
-    scales = [d for d in (0.75, 0.5, 0.25, 0.125) if int(dims[0] * d) >= 4]
-    first_that(
-        scales,
-        attempt_with(
-            lambda s: f"a smaller dimension: {int(dims[0] * s) // 4 * 4} instead of {dims[0]}",
-            lambda s: {"dim": int(dims[0] * s) // 4 * 4},
-            lambda s: {"work": _with(work, dim=s)},
-        ),
-    )
-    largest = max(work.tables, key=lambda t: t.bytes)
-    cuts = [1 - 0.05 * i for i in range(1, 20)] + [0.02, 0.01]
-    first_that(
-        cuts,
-        attempt_with(
-            lambda s: (
-                f"compositional or hashed tables: {largest.name!r} with {int(largest.rows * s):,} rows instead of "
-                f"{largest.rows:,} ({largest.rows - int(largest.rows * s):,} fewer)"
-            ),
-            lambda s: {"table": largest.name, "rows": int(largest.rows * s)},
-            lambda s: {"work": _with(work, rows=s, only=largest.name)},
-        ),
-    )
-    if len(work.tables) > 1:
-        first_that(
-            cuts,
-            attempt_with(
-                lambda s: (
-                    f"compositional or hashed tables: all of them with {s:.0%} of their rows "
-                    f"({sum(t.rows - max(1, int(t.rows * s)) for t in work.tables):,} rows fewer)"
-                ),
-                lambda s: {"rows_share": round(s, 4)},
-                lambda s: {"work": _with(work, rows=s)},
-            ),
-        )
-    more = [n for n in (*range(topology.hosts + 1, topology.hosts + 9), *(topology.hosts * 2**i for i in range(1, 11)))
-            if n > topology.hosts]  # fmt: skip
-    more = [
-        n
-        for n in sorted(set(more))
-        if work.batch_size % (n * topology.ranks_per_host) == 0 and n * topology.ranks_per_host <= 4096
-    ]
-    first_that(
-        more,
-        attempt_with(
-            lambda n: (
-                f"more devices: {topology.name}:{n}x{topology.ranks_per_host} "
-                f"({n * topology.ranks_per_host} ranks instead of {topology.world_size})"
-            ),
-            lambda n: {"cluster": f"{topology.name}:{n}x{topology.ranks_per_host}"},
-            lambda n: {"topology": topology.sized(hosts=int(n), ranks_per_host=topology.ranks_per_host)},
-        ),
-    )
-    device, _ = limits.of(topology)
-    if limits.device is not None and limits.device < topology.device_memory * (1 - SPARE):
-        need = device + short.short_by * 1.001
-        for memory in (need, need * 1.1, need * 1.5, topology.device_memory * (1 - SPARE)):
-            if memory <= topology.device_memory * (1 - SPARE) and tried(
-                f"a memory limit of {_gib(memory)} a rank instead of {_gib(device)}",
-                {"device_bytes": int(memory)},
-                limits=replace(limits, device=memory),
-            ):
-                break
-    batches = [work.batch_size // d for d in (2, 4, 8, 16) if work.batch_size // d % topology.world_size == 0]
-    first_that(
-        [b for b in batches if b],
-        attempt_with(
-            lambda b: f"a smaller batch: train.batch_size = {b:,} instead of {work.batch_size:,}",
-            lambda b: {"batch_size": b},
-            lambda b: {"work": replace(work, batch_size=int(b))},
-        ),
-    )
-    return found
-
-
-def _with(work: Work, *, rows: float = 1.0, dim: float = 1.0, only: str | None = None) -> Work:
-    """The same with a share of the rows or columns of all tables, or of one."""
-    tables = []
-    for t in work.tables:
-        if only is not None and t.name != only:
-            tables.append(t)
-            continue
-        fewer = max(1, int(t.rows * rows))
-        skew = t.skew if fewer == t.rows or t.skew is None else Skew.of(rows=fewer)
-        tables.append(replace(t, rows=fewer, dim=max(4, int(t.dim * dim) // 4 * 4), skew=skew))
-    return replace(work, tables=tuple(tables))
-
-
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """ "37.43 GiB"."""
     return f"{size / 2**30:.2f} GiB"
-
-
-__all__ = ["Infeasible", "Limits", "Rule", "Solution", "TableLoad", "WayOut", "rules_from", "solve",
-           "ways_out"]  # fmt: skip

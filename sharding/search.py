@@ -15,6 +15,7 @@ from sharding.cost import Choice
 from sharding.placing import Found, Placer
 
 FINER = (1.0, 0.6, 0.4, 0.25, 0.12)  # of the step aimed at: the largest part that a choice may have
+COARSER = (1.3, 1.7, 2.5, 5.0, 20.0, np.inf)  # the same, where parts so small do not fit the memory
 CLOSE_ENOUGH = 0.01  # of the bound; farther from it ranks are filled one after the other
 ROUNDS = 7  # of halving the distance between what was reached and what was not
 NEARER = 0.4  # the next step tried, from what was not reached to what was
@@ -30,15 +31,18 @@ EVERYTHING = 400  # table and kind pairs; up to here every change of one table i
 def search(options: Options, *, aim: float) -> Found | None:
     """The best plan found.  aim: a step that no plan is below, in seconds."""
     placer = Placer(options)
-    best: Found | None = None
-    for chosen, by_memory in _starts(options, aim):
-        found = placer.place(chosen, by_memory=by_memory)
-        if found is not None and (best is None or found.step < best.step):
-            best = found
+    found = [placer.place(chosen, by_memory=by_memory) for chosen, by_memory in _starts(options, aim)]
+    best = min((f for f in found if f is not None), key=lambda f: f.step, default=None)
     if best is None:
         return None
     best = _improve(options, placer, best)
     return _filled(options, placer, aim, polish(placer, best))
+
+
+def fits_somehow(options: Options) -> bool:
+    """Whether any of the plans that a search begins with fits the memory."""
+    placer = Placer(options)
+    return any(placer.place(chosen, by_memory=True) is not None for chosen, _ in _starts(options, np.inf))
 
 
 def _filled(options: Options, placer: Placer, aim: float, best: Found) -> Found:
@@ -87,20 +91,32 @@ def _starts(options: Options, aim: float):
             continue
         group = group_seconds(options.prices, subset)
         room = max(aim - base - group[0], 1e-12)
-        for share in FINER:
+        for share in (*reversed(COARSER), *FINER):
             small = allowed & (options.main_max <= share * room * (1 + 1e-9))
             # A table that has nothing so fine takes its finest.
             finest = np.where(allowed, options.main_max, np.inf)
             small |= allowed & ~small.any(0) & (finest <= finest.min(0))
             for fill in FILLS:
-                chosen, multiplier = priced_choice(options, options.main, small, fill=fill, inside=True)
-                for by_memory in (False, True) if multiplier else (False,):
+                chosen, *multipliers = priced_choice(options, options.main, small, fill=fill, inside=True)
+                short = any(multipliers)
+                if (share > 1 and not short) or not _fit(options, chosen):
+                    break
+                for by_memory in (False, True) if short else (False,):
                     mark = chosen.tobytes() + bytes([by_memory])
                     if mark not in seen:
                         seen.add(mark)
                         yield chosen, by_memory
-                if not multiplier:
+                if not short:
                     break
+
+
+def _fit(options: Options, chosen: np.ndarray) -> bool:
+    """Whether the memory of all ranks and hosts together is enough."""
+    tables = np.arange(len(chosen))
+    return (
+        options.device[chosen, tables].sum() <= options.device_total
+        and options.host[chosen, tables].sum() <= options.host_total
+    )
 
 
 def _improve(options: Options, placer: Placer, best: Found) -> Found:

@@ -1,0 +1,233 @@
+"""What would help where no plan fits, each checked by planning again.
+
+    ways_out(work, topology, rules=..., limits=..., short=...) -> [WayOut, ...]
+
+First those that leave the model as it is (rules lifted, a larger limit, more devices, a smaller batch), then those that
+change it: rows of 16 bits, fewer rows, fewer columns.  Of a number the smallest change that helps is searched by
+halving the distance: if one helps, all larger ones do.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from kernels.errors import UserError
+from sharding.cost import TIERS, TableLoad, Work
+from sharding.planner import SPARE, Infeasible, Limits, Rule, gib, has_plan, solve
+from sharding.skew import Skew
+from sharding.topology import Topology
+
+BY_COLUMNS = frozenset({"column_wise", "table_column_wise", "grid_shard"})
+SMALL_ROW = 2  # bytes of an element of tables.row_type = "bf16"
+CUTS = 128  # how finely the share of the rows that is left is searched
+MOST_RANKS = 4096
+SCALES = (0.75, 0.5, 0.25, 0.125)  # of the columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class WayOut:
+    """A change after which a plan exists, tried by planning again.
+
+    how: in words.  step: seconds of the plan it gives.  change: the same for programs.
+    """
+
+    how: str
+    step: float
+    change: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    work: Work
+    topology: Topology
+    rules: Mapping[str, Rule]
+    limits: Limits
+
+    def possible(self) -> bool:
+        return has_plan(self.work, self.topology, rules=self.rules, limits=self.limits)
+
+    def seconds(self) -> float | None:
+        """Of a step of the plan; None where there is none."""
+        try:
+            found = solve(self.work, self.topology, rules=self.rules, limits=self.limits)
+        except UserError:
+            return None
+        return found.load.step_seconds
+
+
+@dataclass(frozen=True)
+class _Try:
+    how: str
+    change: Mapping[str, object]
+    asked: _Asked
+
+
+def ways_out(
+    work: Work, topology: Topology, *, rules: Mapping[str, Rule], limits: Limits, short: Infeasible
+) -> list[WayOut]:
+    """The ways out of `short`, in the order above."""
+    asked = _Asked(work=work, topology=topology, rules=rules, limits=limits)
+    found = []
+    for attempts in (
+        *_rules_lifted(asked),
+        _larger_limits(asked, short),
+        _more_devices(asked),
+        _smaller_batches(asked),
+        _small_rows(asked),
+        _fewer_rows(asked, max(work.tables, key=lambda t: t.bytes)),
+        _fewer_rows(asked, None) if len(work.tables) > 1 else [],
+        _fewer_columns(asked),
+    ):
+        helps = _first_that_helps(attempts)
+        seconds = helps and helps.asked.seconds()
+        if helps and seconds is not None:
+            found.append(WayOut(how=helps.how, step=seconds, change=helps.change))
+    return found
+
+
+def _first_that_helps(attempts: Sequence[_Try]) -> _Try | None:
+    """attempts: the smallest change first."""
+    if not attempts or not attempts[-1].asked.possible():
+        return None
+    low, high = 0, len(attempts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if attempts[middle].asked.possible() else (middle + 1, high)
+    return attempts[low]
+
+
+def _rules_lifted(asked: _Asked) -> Iterator[list[_Try]]:
+    """Columns in parts for tables that may not have them, other memory for tables that may not use it; then all rules
+    lifted, where neither helps alone."""
+
+    def lifted(applies: Callable[[Rule], bool], change: Callable[[Rule], Rule], words: str, key: str) -> list[_Try]:
+        names = [name for name, rule in asked.rules.items() if applies(rule)]
+        if not names:
+            return []
+        named = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        rules = {name: change(rule) if name in names else rule for name, rule in asked.rules.items()}
+        return [_Try(words.format(named), {key: names}, replace(asked, rules=rules))]
+
+    columns = lifted(
+        lambda rule: rule.shardings is not None and not rule.shardings & BY_COLUMNS,
+        lambda rule: replace(rule, shardings=rule.shardings | BY_COLUMNS),
+        "column-splitting: let {} have its columns in parts (column_wise)",
+        "column_split",
+    )
+    tiers = lifted(
+        lambda rule: rule.tiers is not None and rule.tiers != frozenset(TIERS),
+        lambda rule: replace(rule, tiers=None),
+        "another tier: let {} be in host memory, with or without a cache",
+        "tier",
+    )
+    yield columns
+    yield tiers
+    if not any(attempt.asked.possible() for attempt in (*columns, *tiers)):
+        yield lifted(
+            lambda rule: rule.shardings is not None or rule.tiers is not None,
+            lambda rule: Rule(said=rule.said),
+            "leave the sharding and tier of {} to the planner (rows or columns in parts)",
+            "rules",
+        )
+
+
+def _larger_limits(asked: _Asked, short: Infeasible) -> list[_Try]:
+    """A device limit above the one given, up to what the device has."""
+    device, most = asked.limits.device, asked.topology.device_memory * (1 - SPARE)
+    if device is None or device >= most:
+        return []
+    sizes = {min(most, device + factor * 1.001 * short.short_by) for factor in (1, 1.1, 1.5, 2, 4)} | {most}
+    return [
+        _Try(
+            f"a memory limit of {gib(size)} a rank instead of {gib(device)}",
+            {"device_bytes": int(size)},
+            replace(asked, limits=replace(asked.limits, device=size)),
+        )
+        for size in sorted(sizes)
+    ]
+
+
+def _more_devices(asked: _Asked) -> list[_Try]:
+    """More hosts that the batch divides over: every number of them up to 8 more, then doubling."""
+    old, local = asked.topology.hosts, asked.topology.ranks_per_host
+    numbers = {*range(old + 1, old + 9), *(old * 2**i for i in range(1, 12))}
+    found = []
+    for hosts in sorted(n for n in numbers if n * local <= MOST_RANKS and asked.work.batch_size % (n * local) == 0):
+        cluster = f"{asked.topology.name}:{hosts}x{local}"
+        found.append(
+            _Try(
+                f"more devices: {cluster} ({hosts * local} ranks instead of {old * local})",
+                {"cluster": cluster},
+                replace(asked, topology=asked.topology.sized(hosts=hosts, ranks_per_host=local)),
+            )
+        )
+    return found
+
+
+def _smaller_batches(asked: _Asked) -> list[_Try]:
+    size, world = asked.work.batch_size, asked.topology.world_size
+    return [
+        _Try(
+            f"a smaller batch: train.batch_size = {size // by:,} instead of {size:,}",
+            {"batch_size": size // by},
+            replace(asked, work=replace(asked.work, batch_size=size // by)),
+        )
+        for by in (2, 4, 8, 16)
+        if size % by == 0 and size // by and size // by % world == 0
+    ]
+
+
+def _small_rows(asked: _Asked) -> list[_Try]:
+    large = [t for t in asked.work.tables if t.element > SMALL_ROW]
+    if not large:
+        return []
+    saved = sum(t.bytes - t.rows * t.dim * SMALL_ROW for t in large)
+    tables = tuple(replace(t, element=min(t.element, SMALL_ROW)) for t in asked.work.tables)
+    how = f'rows of 16 bits: tables.row_type = "bf16" ({gib(saved)} less)'
+    return [_Try(how, {"row_type": "bf16"}, replace(asked, work=replace(asked.work, tables=tables)))]
+
+
+def _fewer_rows(asked: _Asked, only: TableLoad | None) -> list[_Try]:
+    """Compositional or hashed tables: one table, or all, with a share of the rows."""
+    found = []
+    for part in range(CUTS - 1, 0, -1):
+        work = _scaled(asked.work, rows=part / CUTS, only=only)
+        fewer = sum(t.rows for t in asked.work.tables) - sum(t.rows for t in work.tables)
+        if only is None:
+            how = f"all of them with {part / CUTS:.1%} of their rows ({fewer:,} rows fewer)"
+            change: dict[str, object] = {"rows_share": part / CUTS}
+        else:
+            left = only.rows - fewer
+            how = f"{only.name!r} with {left:,} rows instead of {only.rows:,} ({fewer:,} fewer)"
+            change = {"table": only.name, "rows": left}
+        found.append(_Try(f"compositional or hashed tables: {how}", change, replace(asked, work=work)))
+    return found
+
+
+def _fewer_columns(asked: _Asked) -> list[_Try]:
+    widest = max(t.dim for t in asked.work.tables)
+    return [
+        _Try(
+            f"a smaller dimension: {_columns(widest, scale)} instead of {widest}",
+            {"dim": _columns(widest, scale)},
+            replace(asked, work=_scaled(asked.work, columns=scale)),
+        )
+        for scale in SCALES
+        if _columns(widest, scale) < widest
+    ]
+
+
+def _columns(dim: int, scale: float) -> int:
+    return max(4, int(dim * scale) // 4 * 4)
+
+
+def _scaled(work: Work, *, rows: float = 1.0, columns: float = 1.0, only: TableLoad | None = None) -> Work:
+    """The same with a share of the rows or columns of all tables, or of one."""
+    tables = []
+    for t in work.tables:
+        if only is not None and t.name != only.name:
+            tables.append(t)
+            continue
+        fewer = max(1, int(t.rows * rows))
+        skew = t.skew if fewer == t.rows or t.skew is None else Skew.of(rows=fewer)
+        tables.append(replace(t, rows=fewer, dim=_columns(t.dim, columns), skew=skew))
+    return replace(work, tables=tuple(tables))
