@@ -25,6 +25,10 @@ def plan(
     host_mem: Annotated[str | None, typer.Option(help="Memory of each host to use for tables, such as 500GiB.")] = None,
     profiles: Annotated[Path | None, typer.Option(help="TOML with [profiles.NAME] of clusters.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan there, for `train --plan`.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the plan as one page there, beside plans for --what-if's or other numbers of hosts."),
+    ] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Two of: auto, a sharding type, a plan.json, a cluster."),
@@ -58,8 +62,17 @@ def plan(
         else:
             plan_view.show_comparison(sides, console)
         return
-    if out is not None and not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    for option, file in (("--out", out), ("--html", html)):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise UserError(f"{option} {file}: the folder {file.parent} does not exist")
+    if html is not None:
+        from launch import plan_page
+
+        answer = plans.answer(asked)
+        wanted = sizes.clusters(what_if, asked.profiles) if what_if else sizes.around(asked.cluster)
+        plan_page.write(html.resolve(), answer, sizes.what_if(asked, wanted, weak=weak))
+        if not as_json:
+            console.print(f"written: {html}", highlight=False, soft_wrap=True)
     if what_if is not None:
         others = sizes.what_if(asked, sizes.clusters(what_if, asked.profiles), weak=weak)
         if as_json:
@@ -71,7 +84,7 @@ def plan(
         return
     if weak:
         raise UserError("--weak: says how --what-if's clusters compare; give --what-if CLUSTERS too")
-    found = plans.answer(asked)
+    found = plans.answer(asked) if html is None else answer
     if out is not None and found["feasible"]:
         reports.write_json(out.resolve().parent, found["plan"], name=out.name)
     if as_json:

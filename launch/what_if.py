@@ -39,6 +39,13 @@ def first(text: str) -> str:
     return _doublings(text.split(",")[0].strip())[0]
 
 
+def around(cluster: Topology) -> list[Topology]:
+    """A quarter, a half, twice and four times as many hosts, and the cluster itself; as far as there are such."""
+    hosts = [cluster.hosts * factor // 4 for factor in (1, 2, 4, 8, 16) if cluster.hosts * factor % 4 == 0]
+    sizes = [cluster.sized(hosts=n, ranks_per_host=cluster.ranks_per_host) for n in hosts]
+    return [c for c in sizes if c.world_size <= MOST_RANKS] or [cluster]
+
+
 def _doublings(text: str) -> list[str]:
     """ "cpu:1..4x2" -> cpu:1x2, cpu:2x2, cpu:4x2."""
     match = re.fullmatch(r"(.+):(\d+)\.\.(\d+)(x\d+)?", text)

@@ -92,6 +92,20 @@ def test_what_does_not_fit_has_ways_out(command, small):  # noqa: F811
     assert code == 1 and found["feasible"] is False and found["short_by_bytes"] > 0 and found["ways_out"]
 
 
+def test_a_page_of_the_plan(command, small):  # noqa: F811
+    code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x4", "--html", "plan.html")
+    page = (small / "plan.html").read_text()
+    assert code == 0 and "written: plan.html" in out, err
+    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    for word in (*ROWS, "h100-80gb:1x4", "this plan", "h100-80gb:4x4", "samples/s", "runner-up"):
+        assert word.lower() in page.lower(), word
+    code, out, _ = command(*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "1GiB", "--json",
+                           "--html", "short.html")  # fmt: skip
+    page = (small / "short.html").read_text()
+    assert code == 1 and not json.loads(out)["feasible"]
+    assert "No plan fits" in page and all(way["how"].split(":")[0] in page for way in json.loads(out)["ways_out"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -110,6 +124,7 @@ def test_what_does_not_fit_has_ways_out(command, small):  # noqa: F811
             "no choice meets both",
         ),
         (["--out", "no/where.json"], "does not exist"),
+        (["--html", "no/where.html"], "does not exist"),
     ],
 )
 def test_bad_input(command, small, words, said):  # noqa: F811
