@@ -145,6 +145,20 @@ def train(
     max_restarts: Annotated[
         int | None, typer.Option(min=0, help="Restarts after a failure, from the newest valid checkpoint.")
     ] = None,
+    preflight: Annotated[
+        bool,
+        typer.Option("--preflight", help="Try a run on many ranks in this one process: batch, plan, memory, shapes."),
+    ] = False,
+    world_size: Annotated[int | None, typer.Option(min=1, help="With --preflight: how many ranks.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="With --preflight: PROFILE or PROFILE:HOSTSxRANKS; default h100-80gb.")
+    ] = None,
+    figures_of: Annotated[
+        Path | None, typer.Option("--dataset", help="With --preflight: a dataset.json made elsewhere.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="With --preflight: whose part to build; default: the fullest.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -167,6 +181,15 @@ def train(
         if resume is None:
             raise UserError(f"{config} is a run; `tablemesh train {config} --resume auto` goes on with it")
     resolved = configs.load(run_dir / "config.toml" if run_dir else config, overrides)
+    if preflight:
+        cli_plan.preflight(
+            resolved, world_size=world_size, cluster=cluster, dataset=figures_of, rank=rank, as_json=as_json
+        )
+        return
+    for option, value in (("--world-size", world_size), ("--cluster", cluster), ("--dataset", figures_of),
+                          ("--rank", rank)):  # fmt: skip
+        if value is not None:
+            raise UserError(f"{option}: belongs to --preflight; a run takes --nproc, or `tablemesh submit`")
     if resume is not None and run_dir is None:
         run_dir = rundir.newest(resolved.run.dir, resolved.name)
     nproc = nproc or resolved.train.nproc

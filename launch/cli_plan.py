@@ -1,9 +1,10 @@
 """`tablemesh plan`: the command; launch.plan answers, launch.plan_view shows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kernels.errors import UserError
 from launch.terminal import Json, Set, console_for, print_json
@@ -92,4 +93,25 @@ def plan(
     else:
         plan_view.show(found, console)
     if not found["feasible"]:
+        raise typer.Exit(1)
+
+
+def preflight(
+    config: Any, *, world_size: int | None, cluster: str | None, dataset: Path | None, rank: int | None, as_json: bool
+) -> None:
+    """`train --preflight`: a run on many ranks, as far as this process can try it; exit code 1 if it would fail."""
+    from launch import rehearsal
+    from trainer import planning
+
+    meant = rehearsal.cluster_for(world_size, cluster, planning.profiles_of(config))
+    found = rehearsal.rehearse(config, cluster=meant, dataset=dataset, plan_file=config.plan.file, rank=rank)
+    if as_json:
+        print_json(found)
+    else:
+        console = console_for(False)
+        console.print(f"[bold]{escape(config.name)}[/bold] on [bold]{escape(found['cluster'])}[/bold]", highlight=False)
+        for check in found["checks"]:
+            mark = "[green]ok[/green]     " if check["ok"] else "[red]problem[/red]"
+            console.print(f"  {mark}  {check['name']:9} {escape(check['said'])}", highlight=False, soft_wrap=True)
+    if not found["ok"]:
         raise typer.Exit(1)

@@ -66,8 +66,8 @@ def make(
         if key != "profiles":
             quantity(value, "bytes", where=f"--{key.replace('_', '-')}")
     config = config.model_copy(update={"plan": config.plan.model_copy(update=changes)})
-    opened = _dataset(config, dataset)
-    model = planning.on_meta(config, opened)
+    data = opened(config, dataset)
+    model = planning.on_meta(config, data)
     known = planning.profiles_of(config)
     if cluster is None:
         import torch
@@ -81,7 +81,7 @@ def make(
     def asked_on(cluster: Topology) -> Asked:
         return Asked(
             name=config.name,
-            work=planning.work_of_config(config, opened, model, device=cluster.device),
+            work=planning.work_of_config(config, data, model, device=cluster.device),
             cluster=cluster,
             embeddings=model.embeddings,
             rules=rules_of(model.embeddings, cluster, planning.constraints_of(config)),
@@ -93,7 +93,7 @@ def make(
     return asked_on(found)
 
 
-def _dataset(config: Any, path: Path | None) -> Any:
+def opened(config: Any, path: Path | None) -> Any:
     """The figures of the features: of a dataset.json, a folder, or the config's own data."""
     from trainer.data import dataset as datasets
     from trainer.data.parquet import open_dataset
@@ -153,7 +153,7 @@ def compare(asked: Asked, a: str, b: str) -> dict[str, Any]:
 
     a, b: "auto" (the planner's), a sharding type (all tables by it), a plan.json, or a cluster (planned there).
     """
-    first, second = _plan_of(asked, a), _plan_of(asked, b)
+    first, second = plan_of(asked, a), plan_of(asked, b)
     moved = []
     for t, table in enumerate(asked.work.tables):
         labels = [s.prices.kinds[s.choices[t].kind].kind.label for s in (first, second)]
@@ -176,7 +176,7 @@ def _figures(name: str, solution: Solution) -> dict[str, Any]:
     }
 
 
-def _plan_of(asked: Asked, name: str) -> Solution:
+def plan_of(asked: Asked, name: str) -> Solution:
     if name == "auto":
         return planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     if name in SHARDING_TYPES:

@@ -96,7 +96,7 @@ def test_a_page_of_the_plan(command, small):  # noqa: F811
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x4", "--html", "plan.html")
     page = (small / "plan.html").read_text()
     assert code == 0 and "written: plan.html" in out, err
-    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    assert page.count("<svg") == 3 and "http:" not in page and "https:" not in page and "<script" not in page
     for word in (*ROWS, "h100-80gb:1x4", "this plan", "h100-80gb:4x4", "samples/s", "runner-up"):
         assert word.lower() in page.lower(), word
     code, out, _ = command(*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "1GiB", "--json",
