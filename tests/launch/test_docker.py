@@ -1,13 +1,14 @@
 """docker/: the Dockerfile is one that hadolint accepts and copies what is there; compose.yaml says what it should."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.launch import containers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKERFILE = ROOT / "docker/Dockerfile"
@@ -21,12 +22,13 @@ def test_hadolint_has_nothing_to_say():
 
 def test_what_is_copied_is_there_and_not_ignored():
     ignored = (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines()
-    for line in re.findall(r"^COPY (.*)$", DOCKERFILE.read_text(), flags=re.MULTILINE):
+    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE.read_text(), flags=re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists()
             assert f"!{source.split('/')[0]}" in ignored
     for package in ("kernels", "sharding", "trainer", "launch", "benchmarks"):
-        assert DOCKERFILE.read_text().count(f"COPY {package} {package}\n") == 2, "in both targets"
+        assert f"COPY {package} {package}\n" in DOCKERFILE.read_text()
+    assert DOCKERFILE.read_text().count("COPY --from=code /opt/tablemesh ./\n") == 2, "in both targets"
 
 
 def test_both_targets_have_their_lock_file_and_no_root():
@@ -46,10 +48,8 @@ def test_compose_trains_the_quickstart_and_shows_it():
 
 
 def test_compose_accepts_it():
-    for words in (["docker-compose"], ["docker", "compose"]):
-        if shutil.which(words[0]) and subprocess.run([*words, "version"], capture_output=True).returncode == 0:
-            break
-    else:
+    words = containers.compose()
+    if words is None:
         pytest.skip("neither docker-compose nor `docker compose` is installed")
     words += ["-f", str(ROOT / "docker/compose.yaml"), "config", "--quiet"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -15,33 +15,13 @@ from pathlib import Path
 import pytest
 
 from launch import network
-from tests.launch import two_hosts
+from tests.launch import small, two_hosts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SECONDS = 230.0  # for a run; on two idle cores 15 to 40 s
 HANG_SECONDS = 12
 PORT = "29611"
 
-CONFIG = """
-name = "two"
-[data]
-path = "{folder}/data"
-prepare = "synthetic:criteo"
-prepare_options = {{ rows = {rows}, seed = 1, scale = 0.01 }}
-[tables]
-dim = 8
-sharding = "row_wise"
-[model]
-kind = "dlrm"
-bottom = [16, 8]
-top = [16, 1]
-[optim]
-sparse = {{ kind = "rowwise_adagrad", lr = 0.05 }}
-dense = {{ kind = "adam", lr = 0.002 }}
-[train]
-batch_size = 256
-epochs = {epochs}
-log_every = 2
+RUN = """
 [run]
 hang_seconds = {hang}
 timeout_seconds = 40
@@ -61,11 +41,11 @@ def hosts():
 class Training:
     """One node on each host, one rank each, started; the run folder is on the disk that both see."""
 
-    def __init__(self, hosts, folder, *words, rows=6000, epochs=1):
+    def __init__(self, hosts, folder, *words, epochs=1):
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
-        text = CONFIG.format(folder=folder, rows=rows, epochs=epochs, hang=HANG_SECONDS)
-        (self.run_dir / "config.toml").write_text(text)
+        more = RUN.format(hang=HANG_SECONDS)
+        small.write(self.run_dir, name="config", data=folder / "data", epochs=epochs, more=more)
         (self.run_dir / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(self.run_dir)}))
         env = {key: value for key, value in os.environ.items() if key != network.GLOO}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HEAD": two_hosts.ADDRESSES[0]}
@@ -79,21 +59,16 @@ class Training:
 
     def end(self):
         """(exit codes, what the nodes said)"""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + small.SECONDS
         said = [node.communicate(timeout=max(1.0, deadline - time.monotonic()))[1] for node in self.nodes]
         return [node.returncode for node in self.nodes], said
 
     def until_step(self, step):
-        deadline = time.monotonic() + SECONDS
-        while max(self.losses(), default=0) < step:
+        deadline = time.monotonic() + small.SECONDS
+        while max(small.losses(self.run_dir), default=0) < step:
             assert all(node.poll() is None for node in self.nodes), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-
-    def losses(self):
-        path = self.run_dir / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
 
     def report(self):
         return json.loads((self.run_dir / "report.json").read_text())
@@ -103,13 +78,8 @@ class Training:
 def on_one_host(tmp_path_factory):
     """Losses of the same training by two ranks of one host."""
     folder = tmp_path_factory.mktemp("one")
-    (folder / "one.toml").write_text(CONFIG.format(folder=folder, rows=6000, epochs=1, hang=60))
-    words = [sys.executable, "-m", "launch.cli", "train", "one.toml", "--nproc", "2", "--json"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (folder / "runs/two/metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
+    small.train_here(small.write(folder, name="one", data=folder / "data"))
+    return small.losses(folder / "runs/one")
 
 
 def test_two_hosts_that_lose_packets_train_to_the_losses_of_one(hosts, tmp_path, on_one_host):
@@ -118,7 +88,7 @@ def test_two_hosts_that_lose_packets_train_to_the_losses_of_one(hosts, tmp_path,
     training = Training(hosts, tmp_path)
     codes, said = training.end()
     assert codes == [0, 0], said
-    assert training.losses() == pytest.approx(on_one_host, rel=1e-6) and len(on_one_host) > 5
+    assert small.losses(training.run_dir) == pytest.approx(on_one_host, rel=1e-6) and len(on_one_host) > 5
     assert training.report()["world_size"] == 2
     assert hosts.dropped(0) > 10 and hosts.dropped(1) > 10
 
@@ -144,7 +114,7 @@ def test_two_hosts_train_to_the_losses_of_one(hosts, tmp_path, on_one_host):
     training = Training(hosts, tmp_path, "--preflight")
     codes, said = training.end()
     assert codes == [0, 0], said
-    assert training.losses() == pytest.approx(on_one_host, rel=1e-6)
+    assert small.losses(training.run_dir) == pytest.approx(on_one_host, rel=1e-6)
     preflight = json.loads((training.run_dir / "preflight.json").read_text())
     assert [rank["host"] for rank in preflight["ranks"]] == list(two_hosts.NAMES)
 
@@ -155,7 +125,7 @@ def test_a_slow_link_is_slow_and_right(hosts, tmp_path, on_one_host):
     training = Training(hosts, tmp_path)
     codes, said = training.end()
     assert codes == [0, 0], said
-    assert training.losses() == pytest.approx(on_one_host, rel=1e-6)
+    assert small.losses(training.run_dir) == pytest.approx(on_one_host, rel=1e-6)
 
 
 def test_the_interface_that_leads_to_a_host():

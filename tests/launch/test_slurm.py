@@ -14,32 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import slurm_cluster
+from tests.launch import slurm_cluster, small
 
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SECONDS = 230.0  # for a job; on two idle cores they take 20 to 40 s
-
-CONFIG = """
-name = "{name}"
-[data]
-path = "{data}"
-prepare = "synthetic:criteo"
-prepare_options = {{ rows = 60_000, seed = 1, scale = 0.01 }}
-[tables]
-dim = 8
-[model]
-kind = "dlrm"
-bottom = [16, 8]
-top = [16, 1]
-[optim]
-sparse = {{ kind = "rowwise_adagrad", lr = 0.05 }}
-dense = {{ kind = "adam", lr = 0.002 }}
-[train]
-batch_size = 512
-epochs = {epochs}
-log_every = 5
+RUN = """
 [checkpoint]
 every_steps = 20
 [run]
@@ -84,13 +64,13 @@ def command(cluster, tmp_path):
 
 
 def write(tmp_path, data, name, epochs=1):
-    path = tmp_path / f"{name}.toml"
-    path.write_text(CONFIG.format(name=name, data=data, epochs=epochs))
-    return path
+    return small.write(
+        tmp_path, name=name, data=data, rows=60_000, batch=512, epochs=epochs, log_every=5, more=RUN
+    )
 
 
 def until(command, handle, true, what):
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + small.SECONDS
     while not true(found := command("status", handle)):
         assert time.monotonic() < deadline, f"{what}: {found}\n{command('logs', handle, text=True)}"
         time.sleep(0.3)
@@ -101,27 +81,17 @@ def ended(found):
     return found["state"] in ("succeeded", "failed", "cancelled")
 
 
-def losses(run):
-    """Loss by step, the last word on each: a resumed run repeats the steps since its checkpoint."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     """Losses and AUC of the same training with two ranks on this machine, no Slurm."""
     folder = tmp_path_factory.mktemp("alone")
-    words = ["train", str(write(folder, data, "alone", epochs=2)), "--nproc", "2", "--json"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    full = [sys.executable, "-m", "launch.cli", *words]
-    done = subprocess.run(full, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return losses(folder / "runs/alone"), json.loads(done.stdout)["eval"]["auc"]
+    report = small.train_here(write(folder, data, "alone", epochs=2))
+    return small.losses(folder / "runs/alone"), report["eval"]["auc"]
 
 
 def check_equal(run, undisturbed):
     wanted, auc = undisturbed
-    assert losses(run) == pytest.approx(wanted, rel=1e-6)
+    assert small.losses(run) == pytest.approx(wanted, rel=1e-6)
     assert json.loads((run / "report.json").read_text())["eval"]["auc"] == pytest.approx(auc, abs=1e-6)
 
 

@@ -1,0 +1,69 @@
+"""A training of seconds for the tests that start real hosts, and what it comes to on one host."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SECONDS = 230.0  # for a run on a loaded machine; on two idle cores 10 to 40 s
+
+CONFIG = """
+name = "{name}"
+[data]
+path = "{data}"
+prepare = "synthetic:criteo"
+prepare_options = {{ rows = {rows}, seed = 1, scale = 0.01 }}
+[tables]
+dim = 8
+sharding = "row_wise"
+[model]
+kind = "dlrm"
+bottom = [16, 8]
+top = [16, 1]
+[optim]
+sparse = {{ kind = "rowwise_adagrad", lr = 0.05 }}
+dense = {{ kind = "adam", lr = 0.002 }}
+[train]
+batch_size = {batch}
+epochs = {epochs}
+log_every = {log_every}
+"""
+
+
+def write(
+    folder: Path,
+    *,
+    name: str,
+    data: Path,
+    rows: int = 6000,
+    batch: int = 256,
+    epochs: int = 1,
+    log_every: int = 2,
+    more: str = "",
+) -> Path:
+    """FOLDER/NAME.toml. more: TOML that comes after it."""
+    path = folder / f"{name}.toml"
+    text = CONFIG.format(name=name, data=data, rows=rows, batch=batch, epochs=epochs, log_every=log_every)
+    path.write_text(text + more)
+    return path
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step, the last word on each: a resumed run repeats the steps since its checkpoint."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
+
+
+def train_here(config: Path, *, nproc: int = 2) -> dict[str, Any]:
+    """Train on this host; the report."""
+    words = [sys.executable, "-m", "launch.cli", "train", config.name, "--nproc", str(nproc), "--json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=config.parent, env=env, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
