@@ -7,6 +7,7 @@ passes signals on; shared memory is 1 GB where no memory limit says otherwise; a
 """
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,14 @@ def daemon(scheduler: Docker) -> Any:
     """The docker client. UserError when no daemon answers it."""
     import docker
 
+    where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     try:
+        if where.startswith("unix://"):  # docker's client leaves a socket open where nobody answers
+            with socket.socket(socket.AF_UNIX) as knock:
+                knock.connect(where.removeprefix("unix://"))
         client = scheduler._docker_client
         client.ping()
     except (docker.errors.DockerException, OSError) as error:
-        where = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
         raise UserError(
             f"no docker daemon answers at {where}: {error}\n"
             "start it (systemctl start docker), or be in the group docker; `docker info` tells"

@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -143,16 +142,18 @@ def _detach(job: Job) -> str:
     """Start the job's one node in a session of its own, which no terminal's end and no Ctrl-C reaches."""
     output = _output(job.run_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "ab") as file:
-        started = subprocess.Popen(
-            [sys.executable, *_node_args(job)],
-            env=os.environ | job.env,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    found = {"pid": started.pid, "start": _start_time(started.pid), "host": socket.gethostname()}
+    pid = os.posix_spawn(  # and not subprocess: nobody here waits for it
+        sys.executable,
+        [sys.executable, *_node_args(job)],
+        os.environ | job.env,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    found = {"pid": pid, "start": _start_time(pid), "host": socket.gethostname()}
     (job.run_dir / "node.json").write_text(json.dumps(found) + "\n")
     return str(job.run_dir)
 

@@ -1,9 +1,11 @@
-"""A training of seconds for the tests that start real hosts, and what it comes to on one host."""
+"""For the tests that start real hosts: a training of seconds, on one host and submitted."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,36 @@ def train_here(config: Path, *, nproc: int = 2) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def command(folder: Path, env: Mapping[str, str]) -> Callable[..., Any]:
+    """command(*words) -> the JSON object that `tablemesh WORDS --json` prints in a process of its own, in this folder;
+    an error is its text. text=True: what it prints without --json.
+
+    env: what it needs to find the cluster.
+    """
+    own = {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+
+    def run(*words: object, text: bool = False) -> Any:
+        full = [sys.executable, "-m", "launch.cli", *map(str, words), *([] if text else ["--json"])]
+        done = subprocess.run(
+            full, cwd=folder, env=os.environ | env | own, capture_output=True, text=True, check=False, timeout=240
+        )
+        if done.returncode:
+            return done.stderr
+        return done.stdout if text else json.loads(done.stdout)
+
+    return run
+
+
+def until(command: Callable[..., Any], handle: str, true: Callable[[Any], bool], what: str) -> Any:
+    """`tablemesh status` of the job once it is as wanted."""
+    deadline = time.monotonic() + SECONDS
+    while not true(found := command("status", handle)):
+        assert time.monotonic() < deadline, f"{what}: {found}\n{command('logs', handle, text=True)}"
+        time.sleep(0.3)
+    return found
+
+
+def ended(found: dict[str, Any]) -> bool:
+    return found["state"] in ("succeeded", "failed", "cancelled")

@@ -12,40 +12,10 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 from kernels.errors import UserError
-from launch import cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULE = "tests.launch.fake_rank"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """command(*words) -> (exit code, stdout, stderr) of `tablemesh WORDS` in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tablemesh", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def config(tmp_path):
-    """The quickstart's config, with its data set in place as far as the command line looks at it."""
-    (tmp_path / "data/quickstart").mkdir(parents=True)
-    (tmp_path / "data/quickstart/dataset.json").write_text("{}")
-    path = tmp_path / "config.toml"
-    path.write_text((ROOT / "configs/quickstart.toml").read_text())
-    return path
 
 
 def test_help_names_every_command(command):

@@ -40,7 +40,7 @@ def test_both_targets_have_their_lock_file_and_no_root():
 
 def test_compose_trains_the_quickstart_and_shows_it():
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    assert set(services) == {"train", "tensorboard"}
+    assert set(services) == {"folders", "train", "tensorboard"}
     assert services["train"]["build"]["dockerfile"] == "docker/Dockerfile"
     assert "${CONFIG:-configs/quickstart.toml}" in services["train"]["command"]
     for service in services.values():

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,30 +38,7 @@ def daemon():
 
 @pytest.fixture
 def command(daemon, tmp_path):
-    """command(*words) -> the JSON object that `tablemesh WORDS --json` prints; an error is its text."""
-    env = os.environ | daemon.env | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
-    env["OMP_NUM_THREADS"] = "1"
-
-    def run(*words, text=False):
-        full = [sys.executable, "-m", "launch.cli", *map(str, words), *([] if text else ["--json"])]
-        done = subprocess.run(full, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240)
-        if done.returncode:
-            return done.stderr
-        return done.stdout if text else json.loads(done.stdout)
-
-    return run
-
-
-def until(command, handle, true):
-    deadline = time.monotonic() + small.SECONDS
-    while not true(found := command("status", handle)):
-        assert time.monotonic() < deadline, f"{found}\n{command('logs', handle, text=True)}"
-        time.sleep(0.3)
-    return found
-
-
-def ended(found):
-    return found["state"] in ("succeeded", "failed", "cancelled")
+    return small.command(tmp_path, daemon.env)
 
 
 def names(daemon):
@@ -86,9 +62,6 @@ def test_compose_trains_the_quickstart_and_shows_it(daemon, tmp_path):
         pytest.skip("neither docker-compose nor `docker compose` is installed (apt-get install docker-compose)")
     for name in ("docker", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("data", "runs"):
-        (tmp_path / name).mkdir()
-        os.chown(tmp_path / name, 1000, 1000)
     tmp_path.chmod(0o755)
 
     def compose(*more):
@@ -121,7 +94,7 @@ def test_two_containers_train_to_the_losses_of_one_host(command, daemon, tmp_pat
     small.train_here(small.write(alone, name="alone", data=tmp_path / "data"))
     path = small.write(tmp_path, name="two", data=tmp_path / "data")
     told = command("submit", path, "--on", "docker", "--nodes", "2", "--nproc", "1", "--image", containers.IMAGE)
-    found = until(command, told["handle"], ended)
+    found = small.until(command, told["handle"], small.ended, "the end")
     said = command("logs", told["handle"], text=True)
     assert found["state"] == "succeeded", said
     run = Path(told["run_dir"])
@@ -134,7 +107,7 @@ def test_two_containers_train_to_the_losses_of_one_host(command, daemon, tmp_pat
 def test_cancel_saves_and_stops_both(command, daemon, tmp_path):
     path = small.write(tmp_path, name="long", data=tmp_path / "data", epochs=500, more=CHECKPOINTS)
     told = command("submit", path, "--on", "docker", "--nodes", "2", "--nproc", "1", "--image", containers.IMAGE)
-    until(command, told["handle"], lambda found: (found["progress"]["step"] or 0) >= 10)
+    small.until(command, told["handle"], lambda found: (found["progress"]["step"] or 0) >= 10, "step 10")
     stopped = command("cancel", told["handle"])
     assert stopped["state"] in ("cancelled", "failed"), stopped
     assert not daemon.client.containers.list(), "both have ended"

@@ -6,8 +6,6 @@ Marked "cluster": minutes, root and Debian's slurm packages, so not among what `
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -49,36 +47,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def command(cluster, tmp_path):
-    """command(*words) -> the JSON object that `tablemesh WORDS --json` prints; an error is its text."""
-    env = os.environ | cluster.env | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
-    env["OMP_NUM_THREADS"] = "1"
-
-    def run(*words, text=False):
-        full = [sys.executable, "-m", "launch.cli", *map(str, words), *([] if text else ["--json"])]
-        done = subprocess.run(full, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240)
-        if done.returncode:
-            return done.stderr
-        return done.stdout if text else json.loads(done.stdout)
-
-    return run
+    return small.command(tmp_path, cluster.env)
 
 
 def write(tmp_path, data, name, epochs=1):
-    return small.write(
-        tmp_path, name=name, data=data, rows=60_000, batch=512, epochs=epochs, log_every=5, more=RUN
-    )
-
-
-def until(command, handle, true, what):
-    deadline = time.monotonic() + small.SECONDS
-    while not true(found := command("status", handle)):
-        assert time.monotonic() < deadline, f"{what}: {found}\n{command('logs', handle, text=True)}"
-        time.sleep(0.3)
-    return found
-
-
-def ended(found):
-    return found["state"] in ("succeeded", "failed", "cancelled")
+    return small.write(tmp_path, name=name, data=data, rows=60_000, batch=512, epochs=epochs, log_every=5, more=RUN)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +77,7 @@ def submit(command, tmp_path, data, name, *words):
 
 def test_two_nodes_train_to_the_result_of_one(command, cluster, tmp_path, data, undisturbed):
     handle, run = submit(command, tmp_path, data, "two", "--preflight")
-    found = until(command, handle, ended, "the end")
+    found = small.until(command, handle, small.ended, "the end")
     assert found["state"] == "succeeded", command("logs", handle, text=True)
     check_equal(run, undisturbed)
     preflight = json.loads((run / "preflight.json").read_text())
@@ -115,7 +88,7 @@ def test_two_nodes_train_to_the_result_of_one(command, cluster, tmp_path, data, 
 
 def test_cancel(command, cluster, tmp_path, data):
     handle, _ = submit(command, tmp_path, data, "cancelled", "--set", "train.epochs=200")
-    until(command, handle, lambda found: found["progress"]["step"], "a step")
+    small.until(command, handle, lambda found: found["progress"]["step"], "a step")
     assert command("cancel", handle)["state"] == "cancelled"
     assert "CANCELLED" in command("status", handle)["detail"]
     assert not cluster.call("squeue", "--noheader").stdout.strip()
@@ -123,9 +96,9 @@ def test_cancel(command, cluster, tmp_path, data):
 
 def test_a_signal_before_the_time_limit_saves_and_queues_again(command, cluster, tmp_path, data, undisturbed):
     handle, run = submit(command, tmp_path, data, "requeued")
-    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    small.until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
     cluster.call("scancel", "--signal=USR1", handle.rsplit("/", 1)[1])
-    found = until(command, handle, ended, "the end")
+    found = small.until(command, handle, small.ended, "the end")
     said = command("logs", handle, text=True)
     assert found["state"] == "succeeded", said
     assert "run 0 ended with exit code 75" in said and "run 1 ended with exit code 0" in said
@@ -134,14 +107,14 @@ def test_a_signal_before_the_time_limit_saves_and_queues_again(command, cluster,
 
 def test_a_killed_worker_starts_all_again(command, cluster, tmp_path, data, undisturbed):
     handle, run = submit(command, tmp_path, data, "killed")
-    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    small.until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
     (victim,) = [
         pid
         for pid in slurm_cluster._processes_with("RANK=1", f"SLURM_CONF={cluster.folder}")
         if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     os.kill(victim, signal.SIGKILL)
-    found = until(command, handle, ended, "the end")
+    found = small.until(command, handle, small.ended, "the end")
     said = command("logs", handle, text=True)
     assert found["state"] == "succeeded", said
     assert "rank 1 was killed by SIGKILL" in said and "starting again from the newest checkpoint" in said
@@ -150,7 +123,7 @@ def test_a_killed_worker_starts_all_again(command, cluster, tmp_path, data, undi
 
 def test_a_killed_node_brings_the_job_back(command, cluster, tmp_path, data, undisturbed):
     handle, run = submit(command, tmp_path, data, "lost")
-    until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
+    small.until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
     node = slurm_cluster.NODES[1]
     cluster.kill_node(node)
     deadline = time.monotonic() + 90
@@ -158,7 +131,7 @@ def test_a_killed_node_brings_the_job_back(command, cluster, tmp_path, data, und
         assert time.monotonic() < deadline, cluster.states()
         time.sleep(0.5)
     cluster.start_node(node)
-    found = until(command, handle, ended, "the end")
+    found = small.until(command, handle, small.ended, "the end")
     assert found["state"] == "succeeded", command("logs", handle, text=True)
     check_equal(run, undisturbed)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import UserError
-from launch import cli, handles, submit
+from launch import handles, submit
 from launch.job import Mount
 from trainer import config as configs
 
@@ -40,34 +39,6 @@ CASES = {
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """command(*words) -> (exit code, stdout, stderr) in an empty folder, with a list of jobs of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tablemesh", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def config(tmp_path):
-    (tmp_path / "data/quickstart").mkdir(parents=True)
-    (tmp_path / "data/quickstart/dataset.json").write_text("{}")
-    path = tmp_path / "config.toml"
-    path.write_text((ROOT / "configs/quickstart.toml").read_text())
-    return path
-
-
-@pytest.fixture
 def fixed(monkeypatch):
     """What differs from one submission, user or machine to the next."""
     from torchx.schedulers import aws_batch_scheduler, docker_scheduler, kubernetes_scheduler
@@ -80,6 +51,7 @@ def fixed(monkeypatch):
     monkeypatch.setattr(docker, "user", lambda: "1000:1000")
     monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setattr(configs.Config, "to_toml", lambda self: f'name = "{self.name}"  # and so on\n')
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setenv("USER", "somebody")
 
