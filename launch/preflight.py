@@ -8,35 +8,30 @@ bad, which ends the job before its first step.
 - disk, shared memory: as much as `tablemesh doctor` wants at least
 - clocks: within CLOCK_SECONDS of rank 0's, over a barrier (logs and failures of nodes are put in order by time)
 - GPUs: every rank has one, or none has, and all are of one kind
-- network: each rank sends PAYLOAD_BYTES to the next one; a rank whose two links are both slower than SLOW_SHARE of the
-  median, or below MIN_GBPS, is named. All-reduce and all-to-all bandwidths are measured and shown.
+- network: launch/bandwidth.py
 """
 
 import json
 import os
 import shutil
 import socket
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launch import bandwidth
 from launch.doctor import DISK_PROBLEM, SHM_BYTES
 from launch.progress import size
+from sharding import topology
 from trainer import config as configs
-from trainer import quiet
+from trainer import planning, quiet
 from trainer.world import World
 
 CLOCK_SECONDS = 5.0  # NTP keeps nodes within milliseconds; a clock that nobody sets is off by more
-PAYLOAD_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-REPEATS = 5
-SLOW_SHARE = 0.25  # of the median of all links; gloo on a busy host varies by a factor of two
-MIN_GBPS = 0.05  # gigabits a second: below it is a broken link, not a slow one
 
 
 def look(folder: Path, run_dir: Path, device: torch.device) -> dict[str, Any]:
@@ -89,71 +84,15 @@ def complaints(found: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def slow(hosts: list[str], gbps: list[float]) -> list[str]:
-    """Ranks whose links are slow. gbps[r]: from rank r to rank r + 1 (the last one's to rank 0), gigabits a second.
-
-    A slow link alone does not say which of its ends is at fault; two of them that share an end do.
-    >>> slow(["a", "b", "c", "d"], [10.0, 1.0, 1.0, 10.0])
-    ['rank 2 on c: 1.00 and 1.00 Gbit/s to its neighbours, the median link has 5.50']
-    """
-    if len(gbps) < 2:
-        return []
-    median = statistics.median(gbps)
-    bad = [speed < max(MIN_GBPS, SLOW_SHARE * median) for speed in gbps]
-    count = len(gbps)
-    return [
-        f"rank {r} on {hosts[r]}: {gbps[r - 1]:.2f} and {gbps[r]:.2f} Gbit/s to its neighbours, "
-        f"the median link has {median:.2f}"
-        for r in range(count)
-        if bad[r] and bad[r - 1] and (count == 2 or not (bad[r - 2] and bad[(r + 1) % count]) or all(bad))
-    ]
-
-
-def links(world: World) -> list[float]:
-    """Gigabits a second from each rank to the next one, one link after the other."""
-    if world.size < 2:
-        return []
-    buffer = torch.zeros(PAYLOAD_BYTES[world.device.type], dtype=torch.uint8, device=world.device)
-    mine = 0.0
-    for sender in range(world.size):
-        receiver = (sender + 1) % world.size
-        dist.barrier()
-        if world.rank not in (sender, receiver):
-            continue
-        move = dist.send if world.rank == sender else dist.recv
-        peer = receiver if world.rank == sender else sender
-        seconds = _median_seconds(lambda move=move, peer=peer: move(buffer, peer), world.device)
-        if world.rank == sender:
-            mine = buffer.numel() * 8 / 1e9 / seconds
-    return _gather(mine, world)
-
-
-def collectives(world: World) -> dict[str, float]:
-    """Gigabytes a second of each rank in an all-reduce and an all-to-all: bus bandwidth, as NCCL's tests count."""
-    if world.size < 2:
-        return {}
-    numel = PAYLOAD_BYTES[world.device.type] // 4 // world.size * world.size
-    buffer = torch.ones(numel, device=world.device)
-    out = torch.empty_like(buffer)
-    share = (world.size - 1) / world.size
-    reduce_s = _median_seconds(lambda: dist.all_reduce(buffer), world.device)
-    exchange_s = _median_seconds(lambda: dist.all_to_all_single(out, buffer), world.device)
-    bytes_ = numel * 4
-    return {
-        "all_reduce_gb_s": 2 * share * bytes_ / reduce_s / 1e9,
-        "all_to_all_gb_s": share * bytes_ / exchange_s / 1e9,
-    }
-
-
-def _median_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    seconds = []
-    for _ in range(REPEATS + 1):  # the first one sets up connections
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def _promised(config: configs.Config, world: World) -> bandwidth.Expected | None:
+    """By the planner's profile of this cluster. None where that is the built-in guess at a CPU's network."""
+    on_cpu = world.device.type == "cpu"
+    if world.size < 2 or (on_cpu and config.plan.profiles is None and topology.calibrated(world.local_size) is None):
+        return None
+    cluster = planning.cluster_of(
+        config, world_size=world.size, local_world_size=world.local_size, device=world.device.type
+    )
+    return bandwidth.expected(cluster, bandwidth.PAYLOAD_BYTES[world.device.type])
 
 
 def _gather(value: Any, world: World) -> list[Any]:
@@ -170,10 +109,9 @@ def main(job_file: str) -> int:
     world.connect(config.run.timeout_seconds)
     dist.barrier()  # the clocks are read at one moment
     found = _gather(look(config.data.path, run_dir, world.device), world)
-    lines = complaints(found)
-    gbps = links(world)
-    lines += slow([rank["host"] for rank in found], gbps)
-    figures = {"ok": not lines, "complaints": lines, "ranks": found, "links_gbit_s": gbps, **collectives(world)}
+    network = bandwidth.measure(world, [rank["host"] for rank in found], _gather(_promised(config, world), world)[0])
+    lines = complaints(found) + network.pop("complaints")
+    figures = {"ok": not lines, "complaints": lines, "ranks": found, **network}
     if world.is_first:
         (run_dir / "preflight.json").write_text(json.dumps(figures, indent=1) + "\n")
         if lines:

@@ -41,10 +41,10 @@ def hosts():
 class Training:
     """One node on each host, one rank each, started; the run folder is on the disk that both see."""
 
-    def __init__(self, hosts, folder, *words, epochs=1):
+    def __init__(self, hosts, folder, *words, epochs=1, more=""):
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
-        more = RUN.format(hang=HANG_SECONDS)
+        more += RUN.format(hang=HANG_SECONDS)
         small.write(self.run_dir, name="config", data=folder / "data", epochs=epochs, more=more)
         (self.run_dir / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(self.run_dir)}))
         env = {key: value for key, value in os.environ.items() if key != network.GLOO}
@@ -126,6 +126,21 @@ def test_a_slow_link_is_slow_and_right(hosts, tmp_path, on_one_host):
     codes, said = training.end()
     assert codes == [0, 0], said
     assert small.losses(training.run_dir) == pytest.approx(on_one_host, rel=1e-6)
+
+
+@pytest.mark.cluster
+def test_a_preflight_holds_the_link_against_the_profile(hosts, tmp_path):
+    (tmp_path / "profiles.toml").write_text('[profiles.cpu]\nlike = "cpu"\ninter_bandwidth = "1Gb/s"\n')
+    hosts.limit("100mbit")
+    training = Training(hosts, tmp_path, "--preflight", more=f'[plan]\nprofiles = "{tmp_path}/profiles.toml"\n')
+    codes, said = training.end()
+    assert codes == [2, 2], said
+    assert "error: preflight: rank 0 on left: 0." in said[0] and "rank 1 on right: 0." in said[0]
+    assert "profile cpu has 1.00" in said[0]
+    assert training.report()["error"]["kind"] == "user"
+    assert not small.losses(training.run_dir), "it stopped before the first step"
+    found = json.loads((training.run_dir / "preflight.json").read_text())
+    assert not found["ok"] and max(found["links_gbit_s"]) < 0.2 and found["expected"]["profile"] == "cpu"
 
 
 def test_the_interface_that_leads_to_a_host():

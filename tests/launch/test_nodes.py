@@ -150,13 +150,6 @@ def test_the_preflight_names_a_bad_rank(bad, said):
     assert len(lines) == 1 and said.split(" ")[-1] in lines[0] and "rank 1 on b" in lines[0]
 
 
-def test_the_preflight_names_a_slow_rank():
-    assert preflight.slow(["a", "b", "c"], [10.0, 9.0, 8.0]) == []
-    assert preflight.slow(["a", "b", "c", "d", "e"], [10.0, 1.0, 1.0, 10.0, 10.0]) == [
-        "rank 2 on c: 1.00 and 1.00 Gbit/s to its neighbours, the median link has 10.00"
-    ]
-
-
 def test_data_that_cannot_be_read(tmp_path):
     assert "no Parquet file" in preflight.unreadable(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
