@@ -34,6 +34,7 @@ OPTIONS = {
     "tolerate": "taints to tolerate, such as nvidia.com/gpu",
     "shm": "size of /dev/shm, such as 8Gi; default: half the memory limit, or 1Gi",
     "pull_secret": "name of the secret that the image is pulled with",
+    "env_secret": "name of a secret whose keys become environment variables, such as an object store's credentials",
 }
 
 
@@ -85,6 +86,8 @@ def _complete(pod: dict[str, Any], app: AppDef, cfg: Any) -> None:
     (container,) = spec["containers"]
     if any(mount.dst_path == str(jobs.VOLUME) for mount in app.roles[0].mounts):
         container["workingDir"] = str(jobs.VOLUME)
+    if cfg.get("env_secret"):
+        container["envFrom"] = [{"secretRef": {"name": cfg["env_secret"]}}]
     container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 

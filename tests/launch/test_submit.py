@@ -30,6 +30,7 @@ CASES = {
         *("--on", "kubernetes", "--nodes", "2", "--gpus-per-node", "4", "--cpus", "64", "--memory", "400G"),
         *("--image", "registry.example/tablemesh:cuda", "--mount", "tablemesh:/workspace"),
         *("--option", "node_selector=gpu:h100", "--option", "tolerate=nvidia.com/gpu"),
+        *("--option", "env_secret=bucket", "--set", "checkpoint.dir=s3://bucket/checkpoints"),
     ),
     "aws_batch": (
         *("--on", "aws_batch", "--nodes", "2", "--gpus-per-node", "4", "--cpus", "96", "--memory", "700G"),
