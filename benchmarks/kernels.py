@@ -6,9 +6,11 @@ turns A B A B over fresh batches and checks in the same run that both sides came
 Compiling is done before the first turn.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ GIANT_ROWS, GIANT_IDS = 5_000_000, 50  # rows of the one giant table, ids per ba
 ZIPF = 1.2
 BATCHES = 4  # made before, then taken in turns
 PAIRS = {1: 15, 20: 7}
+WORKSPACE = 64 << 20  # bytes
 ADAGRAD = Optimizer(kind="rowwise_adagrad", lr=0.01)
 
 
@@ -39,6 +42,7 @@ def main(*, json: bool = False) -> int:
         rows.append(beside_embedding_bag(ids_per_bag))
     rows.append(beside_gather())
     rows += beside_uniform()
+    rows += [workspace(ids_per_bag) for ids_per_bag in (1, 20)]
     return report("kernels", rows, json=json)
 
 
@@ -229,6 +233,37 @@ def beside_uniform() -> list[Row]:
             )
         )
     return rows
+
+
+def workspace(ids_per_bag: int) -> Row:
+    """Memory that steps take beside tables and optimizer state, outputs included, beside what they may."""
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        taken = fresh.apply(grown, (ids_per_bag,))
+    shared = {"baseline": WORKSPACE / 1e6, "baseline_name": "what it may take", "correct": taken <= WORKSPACE}
+    name = f"L={ids_per_bag} memory of a step beside tables and state"
+    return Row(name=name, unit="MB", ours=taken / 1e6, ratio=WORKSPACE / max(taken, 1), **shared)
+
+
+def grown(ids_per_bag: int) -> int:
+    """Bytes by which this process's peak grows over steps, once tables, states, batches and loops are there."""
+    small = Spec(tables=(Table(rows=100, dim=DIM),), optimizer=ADAGRAD)
+    TableBatchedEmbeddingBag(small, backend="cpu")(
+        torch.zeros(1, dtype=torch.long), torch.tensor([0, 1])
+    ).sum().backward()
+    bags = filled(uniform_spec())
+    for state in bags.state.states.values():
+        state.fill_(0.0)  # its pages, too
+    step = stepper(bags, cycle(batches(bags.spec, [ids_per_bag] * TABLES)), torch.randn(BATCH, TABLES * DIM))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
+    for _ in range(2 * BATCHES):
+        step()
+    return memory("VmHWM") - before
+
+
+def memory(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10
 
 
 def right(spec: Spec, batch: Batch, grad: Tensor) -> bool:

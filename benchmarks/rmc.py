@@ -2,8 +2,8 @@
 
 Sizes from harvard-acc/DeepRecSys; `scale` is a factor on the rows of the tables, so that they fit.  RMC1 is small, RMC2
 dominated by look-ups, RMC3 by its layers.  One rank, training; ours beside the same model on FBGEMM's kernels, in
-float32.  Ids are uniform.  Times are of single steps, which the two sides take in turns of a few; the shares come from
-other steps, traced afterwards.
+float32.  Correct: in float32 both come to the same losses, in bf16 to the same first loss.  Ids are uniform.  Times are
+of single steps, which the two sides take in turns of a few; the shares come from other steps, traced afterwards.
 """
 
 import statistics
@@ -33,7 +33,10 @@ MODELS = {
     ),
 }  # fmt: skip
 BATCH = 512
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of the loss of each of the WARM_UP steps, relative
+FP32 = 1e-5  # of the loss of each of the WARM_UP steps, relative
+BF16 = (
+    1e-3  # of the first loss: Adagrad's first updates are about lr * sign(g), so later ones tell rounding from chance
+)
 WARM_UP, STEPS, TURNS, TRACED = 4, 5, 6, 5
 
 
@@ -44,12 +47,14 @@ def main(name: str, *, scale: float, json: bool = False) -> int:
     model = MODELS[name]
     workload = replace(model, rows=max(1, round(model.rows * scale)), batch=BATCH)
     auto = precision.choose("auto", torch.device("cpu"))
+    with Ranks(ours, 1, workload, "fp32", tuned=True) as mine:
+        expected = mine.call("run", WARM_UP)[0][1]
     with (
         Ranks(ours, 1, workload, auto.name, tuned=True) as mine,
         Ranks(ours, 1, workload, "fp32", "fbgemm", tuned=True) as theirs,
     ):
         (_, own), (_, other) = mine.call("run", WARM_UP)[0], theirs.call("run", WARM_UP)[0]
-        correct = apart(own, other) < TOLERANCE[auto.name]
+        correct = apart(expected, other) < FP32 and apart(own[:1], other[:1]) < (FP32 if auto.name == "fp32" else BF16)
         turns = [(mine.call("run", STEPS)[0][0], theirs.call("run", STEPS)[0][0]) for _ in range(TURNS)]
         traced, theirs_traced = mine.call("profiled", TRACED)[0], theirs.call("profiled", TRACED)[0]
     shared = {"baseline_name": "ours on FBGEMM's kernels, fp32", "correct": correct}
