@@ -60,6 +60,14 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
 
 
+def state(run: Path) -> dict[str, Any]:
+    """The tensors of the run's last checkpoint: weights and optimizer state."""
+    from trainer.checkpoint import restore
+
+    files = restore.newest(restore.place_of(run, None))
+    return {name: files.read(name) for name in files.tensors if not name.startswith("ranks/")}
+
+
 def train_here(config: Path, *, nproc: int = 2) -> dict[str, Any]:
     """Train on this host; the report."""
     words = [sys.executable, "-m", "launch.cli", "train", config.name, "--nproc", str(nproc), "--json"]

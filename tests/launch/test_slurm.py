@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launch import slurm_cluster, small
 
@@ -56,16 +57,20 @@ def write(tmp_path, data, name, epochs=1):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """Losses and AUC of the same training with two ranks on this machine, no Slurm."""
+    """Losses, AUC and last state of the same training with two ranks on this machine, no Slurm."""
     folder = tmp_path_factory.mktemp("alone")
     report = small.train_here(write(folder, data, "alone", epochs=2))
-    return small.losses(folder / "runs/alone"), report["eval"]["auc"]
+    return small.losses(folder / "runs/alone"), report["eval"]["auc"], small.state(folder / "runs/alone")
 
 
 def check_equal(run, undisturbed):
-    wanted, auc = undisturbed
+    wanted, auc, state = undisturbed
     assert small.losses(run) == pytest.approx(wanted, rel=1e-6)
     assert json.loads((run / "report.json").read_text())["eval"]["auc"] == pytest.approx(auc, abs=1e-6)
+    found = small.state(run)
+    assert found.keys() == state.keys() and len(state) > 20
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def submit(command, tmp_path, data, name, *words):
