@@ -26,6 +26,7 @@ N ids of all features.
 """
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -323,6 +324,12 @@ def _one_of(name: str, value: object, known: Sequence) -> None:
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; a large buffer on Linux's CPU takes memory as its pages are first written, and none for the others."""
+    used = size * dtype.itemsize
+    if device.type == "cpu" and sys.platform == "linux" and used >= 2 * HUGE_PAGE:
+        flat = torch.frombuffer(mmap.mmap(-1, used), dtype=dtype)
+        _advise_huge(flat)
+        return flat
     return blank(size, dtype, device).zero_()
 
 
@@ -334,8 +341,12 @@ def blank(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     flat = torch.empty(size, dtype=dtype, device=device)
     used = size * flat.element_size()
     if device.type == "cpu" and sys.platform == "linux" and used >= 2 * HUGE_PAGE:
-        first = -(-flat.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        last = (flat.data_ptr() + used) // HUGE_PAGE * HUGE_PAGE
-        advise_huge = 14  # MADV_HUGEPAGE; a kernel that has none refuses, and nothing is lost
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advise_huge)
+        _advise_huge(flat)
     return flat
+
+
+def _advise_huge(flat: Tensor) -> None:
+    first = -(-flat.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    last = (flat.data_ptr() + flat.numel() * flat.element_size()) // HUGE_PAGE * HUGE_PAGE
+    advice = 14  # MADV_HUGEPAGE; a kernel that has none refuses, and nothing is lost
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)

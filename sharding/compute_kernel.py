@@ -108,7 +108,8 @@ class KernelCollection(ShardedEmbeddingBagCollection):
                 continue
             whole_rows = isinstance(sharding, (TwPooledEmbeddingSharding, CwPooledEmbeddingSharding))
             self._lookups.append(
-                KernelLookup(
+                self._lookup(
+                    sharding,
                     grouped_configs=sharding._grouped_embedding_configs_per_rank[self._env.rank],
                     device=self._device,
                     pg=self._env.process_group,
@@ -117,6 +118,9 @@ class KernelCollection(ShardedEmbeddingBagCollection):
                     **self._kernel,
                 )
             )
+
+    def _lookup(self, sharding: Any, **kwargs: Any) -> "KernelLookup":
+        return KernelLookup(**kwargs)
 
 
 class KernelLookup(GroupedPooledEmbeddingsLookup):

@@ -14,6 +14,9 @@ it does not commute with the sum (`per_id`), its physical tables stand in a seco
 every id is a bag of its own (`spread`); the combine's results are weighted and summed over the bag here.  Bags of one
 id need none of this: without multi-hot features such a table is in `ebc` like any other.
 
+A kind whose rows are given to ids as they come (`by_id`) has its tables in a third collection, `ebc_by_id`, whose ids
+travel as they are and become rows where their id map is (sharding/by_id.py).
+
 FBGEMM's kernels want column counts that are multiples of 4, so a physical table is stored `stored_dim(D)` wide; the
 added columns are zero, get zero gradients and are cut off again.  (The one effect: row-wise Adagrad's mean over a row
 of D columns is taken over the stored ones.)
@@ -32,7 +35,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from kernels import registry
 from kernels.errors import UserError
-from sharding.tables.base import Lowered, Source, Table, stored_dim
+from sharding.tables.base import ById, Lowered, Source, Table, stored_dim
 
 DATA_TYPES = {"fp32": DataType.FP32, "bf16": DataType.BF16, "fp16": DataType.FP16}
 
@@ -90,8 +93,9 @@ class Embeddings(nn.Module):
     tables, features: as given.  dims: D of each feature, in feature order.
     physical: the physical tables.  logical: name of a physical table -> its logical table.
     sources: physical feature -> its Source.  tables_per_id: names of the physical tables in `ebc_per_id`.
-    ebc, ebc_per_id: the EmbeddingBagCollections, replaced by their sharded forms in sharding/parallelize.py; None where
-        no table is looked up that way.  collections: those there are.
+    by_id: name of a physical table whose rows are given to ids -> how.
+    ebc, ebc_per_id, ebc_by_id: the EmbeddingBagCollections, replaced by their sharded forms in sharding/parallelize.py;
+        None where no table is looked up that way.  collections: those there are.
     """
 
     def __init__(
@@ -105,16 +109,24 @@ class Embeddings(nn.Module):
         lowered = {table.name: lower(table) for table in tables}
         self.logical: dict[str, Table] = {p.name: table for table in tables for p in lowered[table.name].tables}
         alone = {t.name for t in tables if lowered[t.name].per_id and (t.multi_hot or weighted)}
-        pooled, per_id = [[t for t in tables if (t.name in alone) is wanted] for wanted in (False, True)]
+        by_id = [t for t in tables if lowered[t.name].by_id is not None]
+        rest = [t for t in tables if lowered[t.name].by_id is None]
+        pooled, per_id = [[t for t in rest if (t.name in alone) is wanted] for wanted in (False, True)]
         sources = {name: s for t in pooled for name, s in lowered[t.name].sources.items()}
         sources_per_id = {name: s for t in per_id for name, s in lowered[t.name].sources.items()}
         self.sources = {**sources, **sources_per_id}
+        for table in by_id:
+            self.sources |= lowered[table.name].sources
+        self.by_id: dict[str, ById] = {p.name: lowered[t.name].by_id for t in by_id for p in lowered[t.name].tables}
         self.tables_per_id = frozenset(p.name for t in per_id for p in lowered[t.name].tables)
         self.id_map = None if all(_same(name, source) for name, source in sources.items()) else IdMap(sources)
         self.ebc = _collection([p for t in pooled for p in lowered[t.name].tables], weighted=weighted, device=device)
         self.spread = Spread(sources_per_id) if sources_per_id else None
         self.ebc_per_id = _collection(
             [p for t in per_id for p in lowered[t.name].tables], weighted=False, device=device
+        )
+        self.ebc_by_id = _collection(
+            [p for t in by_id for p in lowered[t.name].tables], weighted=weighted, device=device, of=ByIdCollection
         )
         with device:
             combines = nn.ModuleDict(
@@ -133,19 +145,35 @@ class Embeddings(nn.Module):
 
     @property
     def collections(self) -> tuple[nn.Module, ...]:
-        return tuple(c for c in (self.ebc, self.ebc_per_id) if c is not None)
+        return tuple(c for c in (self.ebc, self.ebc_per_id, self.ebc_by_id) if c is not None)
 
     def forward(self, ids: KeyedJaggedTensor) -> Tensor:
         pooled = None if self.ebc is None else self.ebc(ids if self.id_map is None else self.id_map(ids))
         each = None if self.ebc_per_id is None else self.ebc_per_id(self.spread(ids))
-        emb_BX = self.combine(pooled, each, ids)
+        given = None if self.ebc_by_id is None else self.ebc_by_id(ids)
+        emb_BX = self.combine(pooled, each, given, ids)
         return emb_BX if self.mean is None else self.mean(emb_BX, ids)
 
+    def after_backward(self) -> None:
+        """What is left to do to the tables between a backward and the next forward, a checkpoint or an evaluation."""
+        if self.ebc_by_id is not None:
+            self.ebc_by_id.after_backward()
 
-def _collection(tables: Sequence[Table], *, weighted: bool, device: torch.device) -> EmbeddingBagCollection | None:
+
+class ByIdCollection(EmbeddingBagCollection):
+    """The tables whose rows are given to ids: a class of its own, since it has a sharder of its own."""
+
+
+def _collection(
+    tables: Sequence[Table],
+    *,
+    weighted: bool,
+    device: torch.device,
+    of: type[EmbeddingBagCollection] = EmbeddingBagCollection,
+) -> EmbeddingBagCollection | None:
     if not tables:
         return None
-    return EmbeddingBagCollection(
+    return of(
         tables=[
             EmbeddingBagConfig(
                 name=t.name,
@@ -261,12 +289,19 @@ class Combine(nn.Module):
         self._plain = [names[0] for names in parts.values()]
         self._is_plain = not combine_of and all(w == stored_dim(w) for w in width.values())
 
-    def forward(self, pooled: KeyedTensor | None, each: KeyedTensor | None, ids: KeyedJaggedTensor) -> Tensor:
-        if self._is_plain:
-            if pooled.keys() == self._plain:
-                return pooled.values()
-            return KeyedTensor.regroup([pooled], [self._plain])[0]
-        of = {**(pooled.to_dict() if pooled is not None else {}), **(each.to_dict() if each is not None else {})}
+    def forward(
+        self,
+        pooled: KeyedTensor | None,
+        each: KeyedTensor | None,
+        given: KeyedTensor | None,
+        ids: KeyedJaggedTensor,
+    ) -> Tensor:
+        collections = [found for found in (pooled, each, given) if found is not None]
+        if self._is_plain and len({found.values().dtype for found in collections}) == 1:
+            if len(collections) == 1 and collections[0].keys() == self._plain:
+                return collections[0].values()
+            return KeyedTensor.regroup(collections, [self._plain])[0]
+        of = {name: vectors for found in collections for name, vectors in found.to_dict().items()}
         bags = ids.to_dict() if self.per_id else {}
         columns = []
         for feature, names in self.parts.items():

@@ -4,6 +4,9 @@ The same numbers come out whatever the sharding, the world size and the device, 
 one.  A table is drawn in blocks of whole rows, each from its own counter-based generator (Philox, key = seed and table
 name, counter = block); a shard draws the blocks its rows lie in and keeps its rows and columns of them.
 
+A row that is given to an id while training runs (sharding/by_id.py) begins with numbers that are a function of (seed,
+table, id, column): `fresh_rows`.
+
 Shapes: E rows, D columns of the whole table; a shard has rows [r0, r1) and columns [c0, c1) of it.
 """
 
@@ -15,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.hashing import mix64, seed_of
 from sharding.tables.base import Table
 
 BLOCK_VALUES = 1 << 16  # 256 KiB of float32: small beside any table, large beside the cost of a generator
@@ -58,6 +62,32 @@ def full_table(table: Table, *, seed: int) -> Tensor:
     weights_ED = torch.empty(table.rows, table.dim)
     fill_shard(weights_ED, table, seed=seed)
     return weights_ED
+
+
+def fresh_rows(table: Table, ids_K: Tensor, *, seed: int) -> Tensor:
+    """(K, D) float32 for (K,) int64 ids: element d of an id is drawn from the bits of mix64(mix64(id ^ key) + d * G),
+    24 of them uniform in [0, 1), or two times 24 for a normal number (Box and Muller, 1958)."""
+    return _drawn(table, ids_K, seed_of(seed, table.name, "rows"))
+
+
+def default_row(table: Table, *, seed: int) -> Tensor:
+    """(D,) float32: the row that all ids share which have none of their own."""
+    return _drawn(table, torch.zeros(1, dtype=torch.int64), seed_of(seed, table.name, "default row"))[0]
+
+
+def _drawn(table: Table, ids_K: Tensor, key: int) -> Tensor:
+    key_K1 = mix64(ids_K ^ _as_signed(key))[:, None]
+    bits_KD = mix64(key_K1 + torch.arange(table.dim) * _as_signed(0x9E3779B97F4A7C15))
+    high_KD, low_KD = (bits_KD >> 40) & 0xFFFFFF, (bits_KD >> 8) & 0xFFFFFF
+    if table.init_std is not None:
+        radius_KD = (-2 * ((high_KD + 1).float() / (1 << 24)).log()).sqrt()
+        return table.init_mean + table.init_std * radius_KD * (low_KD.float() * (2 * math.pi / (1 << 24))).cos()
+    bound = math.sqrt(1.0 / table.rows) if table.init_bound is None else table.init_bound
+    return (table.init_mean - bound) + 2 * bound * (high_KD.float() / (1 << 24))
+
+
+def _as_signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _block(table: Table, key: np.ndarray, block: int, rows: int) -> np.ndarray:

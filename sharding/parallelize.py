@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 
 from kernels.ops import Optimizer
+from sharding.by_id import ByIdSharder
 from sharding.compute_kernel import KernelSharder
 from sharding.fbgemm import fused_params
 from sharding.initial_weights import fill_shard
@@ -51,11 +52,25 @@ def parallelize(
         sharder = AllTypesSharder(fused_params=fused_params(optimizer, device=device) if optimizer else {})
     else:
         sharder = KernelSharder(backend=kernel, optimizer=optimizer, output=output)
+    sharders: list[ModuleSharder] = [sharder]
+    embeddings = embeddings_of(task)
+    if embeddings.by_id:
+        assert optimizer is not None, "such tables are never data_parallel"
+        sharders.append(
+            ByIdSharder(
+                tables={table.name: table for table in embeddings.physical},
+                by_id=embeddings.by_id,
+                seed=seed,
+                backend="auto" if kernel == "fbgemm" else kernel,  # FBGEMM's does not write fresh rows
+                optimizer=optimizer,
+                output=output,
+            )
+        )
     dmp = DistributedModelParallel(
         module=task,
         device=device,
         plan=plan,
-        sharders=[sharder],
+        sharders=sharders,
         init_data_parallel=False,
         data_parallel_wrapper=_Replicas(static_graph=False),
     )
@@ -84,7 +99,12 @@ def init_tables(dmp: DistributedModelParallel, *, seed: int) -> None:
     """Fill this rank's part of every table."""
     embeddings = embeddings_of(dmp.module)
     state = {name: weights for ebc in embeddings.collections for name, weights in ebc.state_dict().items()}
+    if embeddings.ebc_by_id is not None:
+        for given in (given for kernel in embeddings.ebc_by_id.kernels for given in kernel.rows):
+            given.start()
     for table in embeddings.physical:
+        if table.name in embeddings.by_id:
+            continue
         weights = state[f"embedding_bags.{table.name}.weight"]
         if isinstance(weights, ShardedTensor):
             for shard in weights.local_shards():

@@ -42,8 +42,8 @@ from sharding.skew import Skew
 from sharding.tables.base import ROW_TYPES, SHARDING_TYPES, Table, stored_dim
 
 MIN_COLUMNS = 4
-# Of the EmbeddingBagCollections in a task: tables looked up by bag, and id by id.
-COLLECTION, COLLECTION_PER_ID = "embeddings.ebc", "embeddings.ebc_per_id"
+# Of the EmbeddingBagCollections in a task: tables looked up by bag, id by id, and by rows that are given to ids.
+COLLECTION, COLLECTION_PER_ID, COLLECTION_BY_ID = "embeddings.ebc", "embeddings.ebc_per_id", "embeddings.ebc_by_id"
 TIER_KERNELS = {"device": "fused", "cache": "fused_uvm_caching", "host": "fused_uvm"}
 
 
@@ -169,7 +169,7 @@ def work_of(
     per_column = (per_row(8) - per_row(4)) / 4
     tables = []
     for table in embeddings.physical:
-        known = []
+        known, by_id = [], embeddings.by_id.get(table.name)
         for name in table.features:
             source = embeddings.sources[name]
             known.append((figures.get(source.feature, Figures()), source.ids is None and source.keep is None))
@@ -183,7 +183,7 @@ def work_of(
                 dim=stored_dim(table.dim),
                 bags=len(table.features),
                 ids=sum(ids),
-                state_per_row=per_row(4) - 4 * per_column,
+                state_per_row=per_row(4) - 4 * per_column + (by_id.bytes_per_row if by_id is not None else 0.0),
                 state_per_column=per_column,
                 skew=skew,
                 element=ROW_TYPES[table.row_type],
@@ -209,7 +209,9 @@ def rules_of(
     _check_rows(tables, world, local)
     own = {}
     for t in tables:
-        if t.sharding == "auto" and t.row_type != "fp32":
+        if t.sharding == "auto" and t.name in embeddings.by_id:
+            own[t.name] = Rule(shardings=frozenset({"table_wise", "row_wise"}), said="tables: kind = 'collisionless'")
+        elif t.sharding == "auto" and t.row_type != "fp32":
             types = frozenset(SHARDING_TYPES) - {"data_parallel"}
             own[t.name] = Rule(shardings=types, said=f"tables: row_type = {t.row_type!r}")
         elif t.sharding != "auto":
@@ -227,7 +229,11 @@ def to_torchrec(solution: Solution, embeddings: Embeddings) -> ShardingPlan:
     placed: dict[str, ParameterSharding] = {}
     for table, choice in zip(embeddings.physical, solution.choices, strict=True):
         kind = prices.kinds[choice.kind].kind
-        parts = [(rank, *extent) for rank, extent in zip(choice.ranks, _extents(table, kind, choice), strict=True)]
+        extents = _extents(table, kind, choice)
+        if table.name in embeddings.by_id and kind.sharding == "row_wise":
+            blocks = embeddings.by_id[table.name].blocks(kind.row_parts)
+            extents = [(first, end, 0, stored_dim(table.dim)) for first, end in blocks]
+        parts = [(rank, *extent) for rank, extent in zip(choice.ranks, extents, strict=True)]
         placed[table.name] = _parameter(kind.sharding, kind.tier, kind.cache_share, parts, cluster)
     return _of_collections(placed, embeddings)
 
@@ -237,6 +243,7 @@ def _of_collections(placed: Mapping[str, ParameterSharding], embeddings: Embeddi
     found: dict[str, EmbeddingModuleShardingPlan] = {}
     for name, sharding in placed.items():
         path = COLLECTION_PER_ID if name in embeddings.tables_per_id else COLLECTION
+        path = COLLECTION_BY_ID if name in embeddings.by_id else path
         found.setdefault(path, EmbeddingModuleShardingPlan())[name] = sharding
     return ShardingPlan(found)
 
@@ -393,8 +400,9 @@ def describe(
                 (m.placement.rank(), str(m.placement.device()), _extent(m)) for m in sharding.sharding_spec.shards
             ]
         entries, optimizer_bytes = [], 0
+        map_row = embeddings.by_id[t.name].bytes_per_row if t.name in embeddings.by_id else 0.0
         for rank, device, (r0, r1, c0, c1) in shards:
-            of_row = loads[t.name].state_per_row + (c1 - c0) * loads[t.name].state_per_column
+            of_row = loads[t.name].state_per_row - map_row + (c1 - c0) * loads[t.name].state_per_column
             size, state = ROW_TYPES[t.row_type] * (r1 - r0) * (c1 - c0), round((r1 - r0) * of_row)
             entries.append({"rank": rank, "rows": [r0, r1], "cols": [c0, c1], "bytes": size})
             ranks[rank]["table_bytes"] += size
@@ -413,6 +421,7 @@ def describe(
                 "cache_share": (sharding.cache_params.load_factor or 0.0) if sharding.cache_params else 0.0,
                 "bytes": sum(e["bytes"] for e in entries),
                 "optimizer_bytes": optimizer_bytes,
+                "id_map_bytes": round(t.rows * map_row),
                 "shards": entries,
             }
         )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 
+from sharding.by_id import ByIdBag
 from sharding.compute_kernel import FusedEmbeddingBag
 from sharding.plan import embeddings_of
 
@@ -52,8 +53,11 @@ def tables_of(kernel: Fused) -> list[tuple[str, int, int, int, int]]:
 
 
 def held_parts(task: nn.Module) -> list[Held]:
+    """But of the tables whose rows are given to ids, where a row's number means nothing (sharding/by_id.py)."""
     found = []
     for kernel in fused_kernels(task):
+        if isinstance(kernel, ByIdBag):
+            continue
         if isinstance(kernel, BatchedFusedEmbeddingBag) and kernel.emb_module.current_device.type == "cuda":
             kernel.emb_module.flush()  # rows that FBGEMM caches on the GPU
         weights = kernel.emb_module.split_embedding_weights()

@@ -216,6 +216,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "bytes": physical + dense,
         "table_bytes": physical,
         "optimizer_bytes": sum(table["optimizer_bytes"] for table in built.plan["tables"]),
+        "id_map_bytes": sum(table["id_map_bytes"] for table in built.plan["tables"]),
+        "rows_used": _rows_used(built),
         "auc": figures["auc"],
         "logloss": figures["logloss"],
         "train_samples_per_second": samples / seconds,
@@ -224,6 +226,15 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "steps": steps,
         "split": split,
     }
+
+
+def _rows_used(built: Any) -> int:
+    """Rows that stand for something at the end: of a table whose rows are given to ids, those that have been given."""
+    from sharding import by_id
+
+    embeddings = built.model.module.embeddings
+    given = by_id.figures(embeddings)
+    return sum(given[t.name]["ids"] if t.name in given else t.rows for t in embeddings.physical)
 
 
 def _endless(reader: Any) -> Iterator[Any]:
@@ -262,6 +273,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("auc", "logloss"):
             values = [member[key] for member in members]
             entry |= {key: statistics.fmean(values), f"{key}_spread": max(values) - min(values)}
+        if all("rows_used" in member for member in members):
+            entry["rows_used"] = max(member["rows_used"] for member in members)
         for key in ("train_samples_per_second", "lookup_ms"):
             entry[key] = statistics.median(member[key] for member in members)
         found.append(entry)

@@ -9,7 +9,7 @@ the ids of batch k+1 are on their way between the ranks and batch k+2 is copied 
 up to two batches ahead of the step.
 
 Order in a step: learning rates by the schedule -> zero_grad -> forward -> check of the loss -> backward (tables are
-updated in it) -> clipping of the dense gradients -> optimizer.
+updated in it) -> what some of them have left to do -> clipping of the dense gradients -> optimizer.
 """
 
 import contextlib
@@ -132,6 +132,7 @@ class Pipeline:
         return loss, (loss.detach(), logits_BT, batch)
 
     def _update(self) -> None:
+        self.dmp.module.embeddings.after_backward()
         if self.clip is not None and self._dense:
             clip_grad_norm(self._dense, self.clip)
         self.optimizer.step()

@@ -63,6 +63,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "ranks": _ranks(plan),
         "planner": plan.get("planner"),
         "tables": _tables(plan),
+        "id_maps": _dict(report, "id_maps"),
         "shardings": _shardings(plan),
         "world_size": len(plan.get("ranks") or []),
         "map_ranks": MAP_RANKS,

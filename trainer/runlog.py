@@ -5,7 +5,8 @@ Every event has "event" and "time" (unix seconds); the kinds and their keys:
                 table_bytes, bayes
     phase       name: what the ranks are doing now (building, training, evaluating, saving)
     train       epoch, step, samples, loss, ne, auc, calibration, lr_factor, samples_per_second, step_ms_p50,
-                data_wait_ms, memory_bytes: over the steps since the last such line
+                data_wait_ms, memory_bytes: over the steps since the last such line; id_maps: of collisionless
+                tables, since the run began (sharding/by_id.py's figures)
     eval        step, split, auc, auc_error_bound, ne, logloss, calibration, rows, seconds, final
     checkpoint  step, path, bytes, seconds (to write it), pause_seconds (the steps stood still), background, delta
     resume      step, path, passed_over: the run goes on after this step; what was logged of later ones is void

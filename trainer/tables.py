@@ -14,12 +14,21 @@ from trainer.data.dataset import Categorical, Dataset
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTables:
-    """tables: in the order of their first feature. rows, policy: by feature, for the reader."""
+    """tables: in the order of their first feature. rows, policy: by feature.
+
+    any_id: features whose ids are any 64 bits, since an id map gives them rows.
+    """
 
     tables: tuple[Table, ...]
     features: tuple[str, ...]  # in dataset order
     rows: dict[str, int]
     policy: dict[str, str]
+    any_id: frozenset[str] = frozenset()
+
+    @property
+    def reader_rows(self) -> dict[str, int]:
+        """By feature, what its ids are below, seen as unsigned numbers."""
+        return {feature: 1 << 64 if feature in self.any_id else rows for feature, rows in self.rows.items()}
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -58,7 +67,13 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
         for feature, options in members:
             rows[feature.name] = table.rows
             policy[feature.name] = options["id_policy"]
-    return ResolvedTables(tables=settle(tables), features=features, rows=rows, policy=policy)
+    settled = settle(tables)
+    any_id = frozenset(feature for table in settled if _takes_any_id(table) for feature in table.features)
+    return ResolvedTables(tables=settled, features=features, rows=rows, policy=policy, any_id=any_id)
+
+
+def _takes_any_id(table: Table) -> bool:
+    return registry.load("sharding.tables", table.kind).lower(table).by_id is not None
 
 
 def settle(tables: Sequence[Table]) -> tuple[Table, ...]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from kernels.errors import UserError
 from kernels.interaction import DotInteraction
+from sharding import by_id
 from sharding.compute_kernel import kernels_of
 from sharding.parallelize import parallelize
 from sharding.plan import plan_task
@@ -76,7 +77,7 @@ class Built:
             shuffle=shuffle,
             rank=self.world.rank,
             world_size=self.world.size,
-            rows_by_feature=self.tables.rows,
+            rows_by_feature=self.tables.reader_rows,
             id_policy=self.tables.policy,
             table_by_feature={f: t.name for t in self.tables.tables for f in t.features},
             any_label=any_label,
@@ -307,6 +308,7 @@ def _train(
         "eval": {"split": final, **evaluated} if evaluated else None,
         "bayes": bayes.model_dump() if bayes else None,
         "memory": _memory(world),
+        **_id_maps(built),
         "checkpoints": session.saver.totals.as_json(),
         "resumed": session.resumed,
         "restarts": restarts.read(run_dir),
@@ -462,6 +464,7 @@ def _log_train(
         step_ms_p50=summary["step_ms"]["p50"],
         data_wait_ms=summary["phases_ms"].get("data_wait"),
         memory_bytes=peak_memory_bytes(built.world.device),
+        **_id_maps(built),
     )
     loss_sum.zero_()
 
@@ -511,6 +514,12 @@ def _stopped(run_dir: Path, result: dict[str, Any], session: Session, progress: 
         report.write_json(run_dir, result)
         report.write_html(run_dir)
     return stopped
+
+
+def _id_maps(built: Built) -> dict[str, Any]:
+    """What the id maps of the tables that have one have done so far; nothing where there are none."""
+    found = by_id.figures(built.model.module.embeddings)
+    return {"id_maps": found} if found else {}
 
 
 def _memory(world: World) -> dict[str, Any]:

@@ -35,17 +35,23 @@ and, if it has something to say there,
         be.  Options of the kind that say nothing of size are kept.  UserError for a budget below the smallest possible.
         `tablemesh compare-tables` calls it.
 
+A kind whose rows are given to ids as they come, and taken back, answers with `by_id`: one physical table whose feature
+gets the ids as they are, which an id map on the rank that owns them turns into rows (sharding/by_id.py).
+
 The file may import torch, not TorchRec.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels import registry
 from kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from kernels.id_maps.base import Policy  # imports torch, which the command line does without
 
 SHARDING_TYPES = (
     "data_parallel",
@@ -178,12 +184,53 @@ class Lowered:
         are dense ones of the model: replicated, drawn by their `init(generator)`, trained by the dense optimizer.  For
         pooling "mean" its result is divided by the bag's length afterwards.
     per_id: whether it is to be applied per id, before the sum over a bag.
+    by_id: how rows are given to the ids of the one physical table; then there is no combine.
     """
 
     tables: tuple[Table, ...]
     sources: dict[str, Source]
     combine: Any = None
     per_id: bool = False
+    by_id: "ById | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ById:
+    """A physical table whose rows are given to 64-bit ids by an id map.
+
+    policy: of the id map (kernels/id_maps/base.py).
+    expire_steps, expire_hours: ids unseen for more than so many steps, or hours of training, lose their rows; None:
+        they never do.
+    """
+
+    policy: "Policy"
+    expire_steps: int | None = None
+    expire_hours: float | None = None
+
+    def blocks(self, ranks: int) -> list[tuple[int, int]]:
+        """(first row, end) of each rank's rows, of the limit + PARTS that the table has.
+
+        The rank with the parts p .. q-1 of the ids has (q-p) / PARTS of the limit and q-p rows more, the first of which
+        is its copy of the default row.  Limit 1000 on 2 ranks: rows 0-627 and 628-1255.
+        """
+        from kernels.id_map import part_range
+        from kernels.id_maps.base import PARTS
+
+        ends = [0]
+        for rank in range(ranks):
+            first, parts = part_range(rank=rank, ranks=ranks)
+            ends.append(self.policy.limit * (first + parts) // PARTS + first + parts)
+        return list(zip(ends, ends[1:], strict=False))
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Of the id map and its filter, for each row of the limit: slots of 16 bytes that are 80% full, 4 bytes of use
+        counts, and two halves of 8 counters for each occurrence of the window."""
+        from kernels.id_maps.base import COUNTERS, PARTS
+
+        policy = self.policy
+        counters = 2 * PARTS * COUNTERS * policy.lines / policy.limit
+        return 20 + (4 if policy.evict == "lfu" else 0) + counters
 
 
 def shares(tables: Sequence[Table], budget: int) -> list[int]:

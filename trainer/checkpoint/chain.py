@@ -11,7 +11,7 @@ Shapes: U rows of a delta, E rows of a table, D columns.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,16 @@ LAZY_BYTES = 64 << 20  # of a box that is rewritten at once
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one part of a table in one delta: columns `column` .. `column + columns` - 1."""
+    """The rows of one part of a table in one delta: columns `column` .. `column + columns` - 1.
+
+    size: how many rows the part has, where that may have grown since the full checkpoint (by_id.py).
+    """
 
     files: Files
-    prefix: str  # tables/TABLE/delta:ROW-COLUMN
+    prefix: str  # tables/TABLE/delta:ROW-COLUMN, or BASE/delta:0-0:SIZE
     column: int
     columns: int
+    size: int | None
 
 
 class Chain:
@@ -40,7 +44,7 @@ class Chain:
         """members: the full checkpoint, then its deltas, oldest first."""
         self.members = tuple(members)
         self._home = {name: i for i, files in enumerate(members) for name in files.manifest.tensors if not _delta(name)}
-        self._rows: list[dict[str, list[Rows]]] = [_rows_by_table(files) for files in members]
+        self._rows: list[dict[str, list[Rows]]] = [_rows_by_base(files) for files in members]
 
     @property
     def manifest(self) -> Manifest:
@@ -57,12 +61,28 @@ class Chain:
     @property
     def tensors(self) -> dict[str, Entry]:
         """Every tensor of the whole, by name."""
-        return {name: self.members[i].manifest.tensors[name] for name, i in sorted(self._home.items())}
+        return {name: self._entry(name) for name in sorted(self._home)}
+
+    def _entry(self, name: str) -> Entry:
+        home = self._home[name]
+        entry = self.members[home].manifest.tensors[name]
+        for of_base in self._rows[home + 1 :] if entry.table is not None else ():
+            for rows in of_base.get(_base(name), ()):
+                entry = entry if rows.size is None else replace(entry, size=(rows.size, *entry.size[1:]))
+        return entry
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows [first, end), on the CPU.  Raises Damaged."""
-        entry = self.tensors[name]
-        found = self.members[self._home[name]].read(name, rows=rows)
+        entry, home = self._entry(name), self.members[self._home[name]]
+        stored = home.manifest.tensors[name].size
+        if entry.size == stored:
+            found = home.read(name, rows=rows)
+        else:  # the rows since are all in the deltas
+            first, end = rows or (0, entry.size[0])
+            found = torch.zeros((end - first, *entry.size[1:]), dtype=entry.torch_dtype)
+            if first < stored[0]:
+                there = home.read(name, rows=(first, min(end, stored[0])))
+                found[: len(there)] = there
         offset = (rows[0] if rows else 0, *(0 for _ in entry.size[1:]))
         self._apply(Part(name=name, size=entry.size, offset=offset, tensor=found, table=entry.table))
         return found
@@ -109,8 +129,8 @@ class Chain:
             return
         first, count = part.offset[0], part.tensor.shape[0]
         what, _, columns = part.name.rpartition("/")[2].partition(":")
-        for of_table in self._rows[self._home[part.name] + 1 :]:
-            for rows in of_table.get(part.table, ()):
+        for of_base in self._rows[self._home[part.name] + 1 :]:
+            for rows in of_base.get(_base(part.name), ()):
                 if columns and columns != f"{rows.column}-{rows.column + rows.columns}":
                     continue
                 rows_U = rows.files.read(f"{rows.prefix}/rows")
@@ -136,13 +156,19 @@ def _delta(name: str) -> bool:
     return "/delta:" in name
 
 
-def _rows_by_table(files: Files) -> dict[str, list[Rows]]:
+def _base(name: str) -> str:
+    """What a tensor and the rows of it in deltas have in common: tables/TABLE, or tables/TABLE/parts:P0-P1."""
+    return name.partition("/delta:")[0] if _delta(name) else name.rpartition("/")[0]
+
+
+def _rows_by_base(files: Files) -> dict[str, list[Rows]]:
     found: dict[str, list[Rows]] = {}
     for name, entry in files.manifest.tensors.items():
         if _delta(name) and name.endswith("/weight"):
             prefix = name.removesuffix("/weight")
-            column = int(prefix.rpartition("-")[2])
-            found.setdefault(entry.table or "", []).append(Rows(files, prefix, column, entry.size[1]))
+            column, _, size = prefix.rpartition("-")[2].partition(":")
+            rows = Rows(files, prefix, int(column), entry.size[1], int(size) if size else None)
+            found.setdefault(_base(name), []).append(rows)
     return found
 
 

@@ -23,7 +23,7 @@ from sharding.table_state import fused_kernels
 from sharding.touched import Touched
 from trainer import config as configs
 from trainer import pulse
-from trainer.checkpoint import restore, state, tools, transfer
+from trainer.checkpoint import by_id, restore, state, tools, transfer
 from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.manifest import Manifest, Position
@@ -179,6 +179,7 @@ class Session:
         if delta:
             assert rows is not None
             parts += state.delta_parts(built.model, rows)
+        parts += by_id.parts_of(built.model, rows if delta else None)
 
         def done(manifest: Manifest | None, *, ok: bool, compacted: bool) -> None:
             if not ok:

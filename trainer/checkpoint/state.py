@@ -2,6 +2,7 @@
 
     tables/TABLE/weight             (E, D) as stored; with the states of one number per element beside it
     tables/TABLE/STATE:C0-C1        (E,) a state of one number per row, of the table's columns C0 .. C1-1
+    tables/TABLE/parts:P0-P1/...    of a table whose rows are given to ids: by_id.py
     dense/NAME                      parameters and buffers outside the tables, equal on all ranks
     optimizer/PARAMETER/STATE       of the dense layers
     ranks/RANK/...                  what is each rank's own: random number generators, running statistics, metrics
@@ -26,6 +27,7 @@ from sharding.embeddings import stored_dim
 from sharding.plan import embeddings_of
 from sharding.table_state import WEIGHT, Held, held_parts, set_updates
 from sharding.touched import Key
+from trainer.checkpoint import by_id
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.storage import Part, whole
 from trainer.optim.base import TABLES, table_of
@@ -47,10 +49,13 @@ def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> 
     if optimizer is None:
         parts = [part for part in parts if part.name.endswith(f"/{WEIGHT}")]
     in_backward = {part.table for part in parts}
+    given = embeddings_of(model.module).by_id
     parts = parts if fused else []
     for name, value in model.state_dict().items():
         if name.startswith(TABLES):
             table = table_of(name)
+            if table in given:
+                continue
             if table not in in_backward and not isinstance(value, ShardedTensor):
                 parts.append(_replicated(table, WEIGHT, value, sizes[table]))
             continue
@@ -117,6 +122,9 @@ def load(model: nn.Module, optimizer: Any | None, chain: Chain) -> None:
         direct, merge = _fit_row_states([part for part in parts if not part.name.endswith(EXTRA)], chain)
         chain.load(direct)
         merge()
+        new = by_id.load(model, chain, with_states=optimizer is not None)
+        if new:
+            raise UserError(f"table {new[0]!r}: the checkpoint has no id map of it; it was written with another kind")
         for part in extra:
             module, _, _ = part.name.removeprefix("dense/").rpartition(".")
             model.module.get_submodule(module).set_extra_state(_from_tensor(chain.read(part.name)))

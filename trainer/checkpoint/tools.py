@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
+from trainer.checkpoint import by_id, storage
 from trainer.checkpoint import files as files_module
 from trainer.checkpoint import manifest as manifests
-from trainer.checkpoint import storage
 from trainer.checkpoint.chain import LAZY_BYTES, Chain, open_chain
 from trainer.checkpoint.manifest import Damaged, Entry, Manifest
 from trainer.checkpoint.place import Place, step_of
@@ -113,7 +113,8 @@ def diff(a: str, b: str) -> dict[str, Any]:
 
 
 def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Figures of every table, or of one and the values of some of its rows.
+    """Figures of every table, or of one and the values of some of its rows; in a table whose rows are given to ids, of
+    these ids (by_id.py), and the figures are of each part of it.
 
     norm: the L2 norm of a row.  never_updated: rows whose optimizer state is all zero (None where the optimizer has no
     state); zero_rows: rows of zeros.
@@ -123,11 +124,14 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
     names = sorted({entry.table for entry in entries.values() if entry.table is not None})
     if table is not None and table not in names:
         raise UserError(f"{chain.path}: no table {table!r}; there are {', '.join(names)}")
-    found = [_figures(chain, name, entries) for name in names if table in (None, name)]
+    bases = [base for name in names if table in (None, name) for base in _bases(chain, name)]
+    found = [_figures(chain, base, entries) for base in bases]
     result: dict[str, Any] = {"checkpoint": chain.path, "step": chain.manifest.position.step, "tables": found}
     if rows and table is None:
         raise UserError("--rows needs --table: whose rows?")
-    if rows:
+    if rows and by_id.stored(chain, table):
+        result["rows"] = [_row_of_id(chain, table, id) for id in rows]
+    elif rows:
         count = entries[f"tables/{table}/weight"].size[0]
         wrong = [row for row in rows if not 0 <= row < count]
         if wrong:
@@ -140,10 +144,33 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
     return result
 
 
-def _figures(chain: Chain, table: str, entries: dict[str, Entry]) -> dict[str, Any]:
-    name = f"tables/{table}/weight"
+def _bases(chain: Chain, table: str) -> list[str]:
+    """What the names of its tensors begin with: one, or one for each part of a table whose rows are given to ids."""
+    return by_id.stored(chain, table) or [f"tables/{table}"]
+
+
+def _row_of_id(chain: Chain, table: str, id: int) -> dict[str, Any]:
+    """The row of an id, or the default row, with what the id map knows of it; "row" is the id."""
+    bases = by_id.stored(chain, table)
+    for base in bases:
+        live_K = by_id.live_rows(chain, base)
+        found = live_K[chain.read(f"{base}/id")[live_K] == id]
+        if len(found):
+            names = [*_states(chain, base), f"{base}/weight", f"{base}/clock", f"{base}/uses"]
+            row = int(found[0])
+            return {"row": id, **{n.rpartition("/")[2]: chain.read(n, rows=(row, row + 1))[0].tolist() for n in names}}
+    return {"row": id, "default": chain.read(f"{bases[0]}/weight", rows=(0, 1))[0].tolist()}
+
+
+def _states(chain: Chain, base: str) -> list[str]:
+    others = {f"{base}/{what}" for what in ("weight", *by_id.NOT_STATES)}
+    return [n for n, e in chain.tensors.items() if n.rpartition("/")[0] == base and e.table and n not in others]
+
+
+def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, Any]:
+    name = f"{base}/weight"
     entry = entries[name]
-    states = [n for n, e in entries.items() if e.table == table and n != name]
+    states = _states(chain, base)
     total, least, most, zero, idle = 0.0, math.inf, 0.0, 0, 0
     for first, end in _steps(entry):
         weights = chain.read(name, rows=(first, end)).float()
@@ -159,7 +186,7 @@ def _figures(chain: Chain, table: str, entries: dict[str, Entry]) -> dict[str, A
             idle += int(still_E.sum())
     rows = entry.size[0]
     return {
-        "table": table,
+        "table": base.removeprefix("tables/"),
         "rows": rows,
         "columns": entry.size[1],
         "bytes": rows * entry.row_bytes,
@@ -171,7 +198,10 @@ def _figures(chain: Chain, table: str, entries: dict[str, Entry]) -> dict[str, A
 
 
 def export(where: str, out: Path) -> dict[str, Any]:
-    """OUT/TABLE.parquet (row, and column v0, v1, ...) and OUT/dense.safetensors.  OUT must not exist or be empty."""
+    """OUT/TABLE.parquet (row, and column v0, v1, ...) and OUT/dense.safetensors.  OUT must not exist or be empty.
+
+    A table whose rows are given to ids has a file for each part of it, with the column id too: null where no id has it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from safetensors.torch import save_file
@@ -184,13 +214,18 @@ def export(where: str, out: Path) -> dict[str, Any]:
     for name, entry in chain.tensors.items():
         if entry.table is None or not name.endswith("/weight"):
             continue
-        path = out / f"{entry.table.replace('/', '_')}.parquet"
-        fields = [("row", pa.int64()), *((f"v{c}", pa.float32()) for c in range(entry.size[1]))]
+        base = name.rpartition("/")[0]
+        given = by_id.PARTS_OF in base
+        path = out / f"{base.removeprefix('tables/').replace('/parts:', '.ids_').replace('/', '_')}.parquet"
+        ids = [("id", pa.int64())] if given else []
+        fields = [("row", pa.int64()), *ids, *((f"v{c}", pa.float32()) for c in range(entry.size[1]))]
+        owners = by_id.owners(chain, base) if given else None
         with pq.ParquetWriter(path, pa.schema(fields), compression="zstd") as writer:
             for first, end in _steps(entry):
                 values = chain.read(name, rows=(first, end)).float().numpy()
                 columns = [
                     pa.array(range(first, end), pa.int64()),
+                    *([] if owners is None else [pa.array(owners[first:end], pa.int64())]),
                     *(pa.array(values[:, c]) for c in range(entry.size[1])),
                 ]
                 writer.write_table(pa.table(columns, schema=pa.schema(fields)))

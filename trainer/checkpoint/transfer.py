@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kernels.errors import UserError
+from trainer.checkpoint import by_id
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.state import parts_of
 from trainer.checkpoint.storage import Part
@@ -39,6 +40,8 @@ def init_from(model: nn.Module, chain: Chain, *, rows: Rows) -> list[str]:
             notes[what] = f"{what} has the size {entry.size} there and {part.size} here, and begins as a new one"
         else:
             part.tensor.copy_(chain.read(part.name))
+    for name in by_id.load(model, chain, with_states=False):
+        notes[name] = f"table {name!r} has no id map in {chain.path} and begins as a new one"
     return list(notes.values())
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from kernels import registry
 from trainer.config import Optim, Plugin
 
-# What the names of table weights begin with: the two collections of sharding.embeddings.
-TABLES = ("embeddings.ebc.embedding_bags.", "embeddings.ebc_per_id.embedding_bags.")
+# What the names of table weights begin with: the collections of sharding.embeddings.
+TABLES = tuple(f"embeddings.{ebc}.embedding_bags." for ebc in ("ebc", "ebc_per_id", "ebc_by_id"))
 
 
 def table_of(parameter: str) -> str:
