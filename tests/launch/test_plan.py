@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from tests.launch.test_cli import command  # noqa: F401  (a fixture)
 from trainer.data.dataset import Categorical, Dataset, Dense, File, Split, Stats
 
 CONFIG = """
@@ -54,7 +53,7 @@ def small(tmp_path):
 PLAN = ("plan", "small.toml", "--dataset", "dataset.json")
 
 
-def test_a_plan_for_a_cluster_that_is_not_here(command, small):  # noqa: F811
+def test_a_plan_for_a_cluster_that_is_not_here(command, small):
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x8")
     assert code == 0, err
     for word in ("h100-80gb:2x8", "16 ranks", "bottleneck", "samples/s", "user", "runner-up", "all ranks send"):
@@ -70,7 +69,7 @@ def test_a_plan_for_a_cluster_that_is_not_here(command, small):  # noqa: F811
     assert json.loads(command(*PLAN, "--cluster", "h100-80gb:2x8", "--json")[1]) == found
 
 
-def test_this_machine_and_a_file(command, small):  # noqa: F811
+def test_this_machine_and_a_file(command, small):
     code, out, err = command(*PLAN, "--json", "--out", "plan.json", "--host-mem", "64GiB")
     assert code == 0, err
     found, written = json.loads(out), json.loads((small / "plan.json").read_text())
@@ -83,7 +82,7 @@ def test_this_machine_and_a_file(command, small):  # noqa: F811
     assert code == 0 and "country" in out and "row-wise" in out and "b / a" in out
 
 
-def test_what_does_not_fit_has_ways_out(command, small):  # noqa: F811
+def test_what_does_not_fit_has_ways_out(command, small):
     words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "1GiB")
     code, out, _ = command(*words)
     assert code == 1 and "no plan fits" in out and "short by" in out and "ways out" in out
@@ -92,7 +91,7 @@ def test_what_does_not_fit_has_ways_out(command, small):  # noqa: F811
     assert code == 1 and found["feasible"] is False and found["short_by_bytes"] > 0 and found["ways_out"]
 
 
-def test_a_page_of_the_plan(command, small):  # noqa: F811
+def test_a_page_of_the_plan(command, small):
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x4", "--html", "plan.html")
     page = (small / "plan.html").read_text()
     assert code == 0 and "written: plan.html" in out, err
@@ -127,19 +126,19 @@ def test_a_page_of_the_plan(command, small):  # noqa: F811
         (["--html", "no/where.html"], "does not exist"),
     ],
 )
-def test_bad_input(command, small, words, said):  # noqa: F811
+def test_bad_input(command, small, words, said):
     code, _, err = command(*PLAN, *words)
     assert code == 2 and said in " ".join(err.split()), err
 
 
-def test_data_that_is_not_there(command, small):  # noqa: F811
+def test_data_that_is_not_there(command, small):
     code, _, err = command("plan", "small.toml")
     assert code == 2 and "--dataset FILE" in err
     code, _, err = command("train", "small.toml", "--plan", "none.json")
     assert code == 2 and "--plan none.json: no such file" in err
 
 
-def test_constraints_hold(command, small):  # noqa: F811
+def test_constraints_hold(command, small):
     rule = 'plan.constraints=[{match=["user", "i*"], sharding=["row_wise"], tier="host"}]'
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:1x8", "--json", "--set", rule)
     assert code == 0, err

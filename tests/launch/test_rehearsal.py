@@ -6,7 +6,6 @@ import pytest
 
 from kernels.errors import UserError
 from launch.rehearsal import cluster_for
-from tests.launch.test_cli import command  # noqa: F401  (a fixture)
 from tests.launch.test_plan import small  # noqa: F401  (a fixture)
 
 TRY = ("train", "small.toml", "--dataset", "dataset.json", "--preflight")

@@ -6,7 +6,6 @@ import pytest
 
 from kernels.errors import UserError
 from launch.what_if import clusters
-from tests.launch.test_cli import command  # noqa: F401  (a fixture)
 from tests.launch.test_plan import PLAN, small  # noqa: F401  (a fixture)
 
 
