@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from kernels.errors import UserError
 from kernels.hashing import mix64, mix64_of
+from kernels.int8 import dequantise, quantise
 
 POOLINGS = ("sum", "mean", "none")
 # kind -> its states as FBGEMM names them; True: one float per row, False: one per element
@@ -49,7 +50,7 @@ STATES: dict[str, dict[str, bool]] = {
     "rowwise_adam": {"momentum1": False, "momentum2": True},
 }
 DECAYS = ("none", "l2", "decoupled")
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 ALIGN = 32  # elements; a table starts on a cache line of 64 bytes, whatever its dtype
 HUGE_PAGE = 2 << 20  # bytes
@@ -103,8 +104,9 @@ class Spec:
 
     features: the table of each feature, by its place in `tables`.
     weighted: whether every call brings a weight for each id.
-    weights: dtype of the tables; output: dtype of the vectors and of their gradient.
-    stochastic: 16-bit tables are rounded up or down at random after an update, with odds that make the mean right.
+    weights: dtype of the tables; output: dtype of the vectors and of their gradient.  Rows of int8 have a scale each
+    (kernels/int8.py).
+    stochastic: narrow tables are rounded up or down at random after an update, with odds that make the mean right.
     The random bits are a hash of (seed, step, table, row, column), so that a run repeats itself bit for bit.
     packed: tables follow each other without a gap, as TorchRec wants the column shards of one table; otherwise each
     starts on a cache line.
@@ -167,10 +169,12 @@ class State:
     """The weights and the optimizer's state: flat buffers, and views per table on them.
 
     weights: flat, spec.weights; tables[t] is its (E, D) view.
+    scales: flat float32, one per row of tables of int8; scale_views[t] is its (E,) view.  Empty for other dtypes.
     states["momentum1"]: flat float32; state_views("momentum1")[t] is (E,) where it is per row, else (E, D).
     step: updates done so far (Adam's bias correction and the stochastic rounding count by it).
     lr: the learning rate of the next update.
-    Whoever loads a checkpoint copies into the views: `state.tables[t].copy_(...)`.
+    Whoever loads a checkpoint copies into the views: `state.tables[t].copy_(...)`; `read` and `write` are for values,
+    whatever the dtype.
     """
 
     def __init__(self, spec: Spec, *, device: torch.device | str = "cpu") -> None:
@@ -182,6 +186,9 @@ class State:
             for name, per_row in STATES[spec.optimizer.kind].items()
         }
         self.tables = [self._table(self.weights, t) for t in range(len(spec.tables))]
+        of_rows = spec.row_starts[-1] if spec.weights == torch.int8 else 0
+        self.scales = _zeros(of_rows, torch.float32, self.device)
+        self.scale_views = self._by_row(self.scales) if of_rows else []
         self.step = 0
         self.lr = spec.optimizer.lr
 
@@ -189,11 +196,28 @@ class State:
         flat = self.states[name]
         if not STATES[self.spec.optimizer.kind][name]:
             return [self._table(flat, t) for t in range(len(self.spec.tables))]
-        starts = self.spec.row_starts
-        return [flat[start : start + table.rows] for start, table in zip(starts, self.spec.tables, strict=False)]
+        return self._by_row(flat)
+
+    def read(self, t: int, rows_U: Tensor | slice = slice(None)) -> Tensor:
+        """(U, D) float32: a copy of some rows of a table, or of all."""
+        if self.spec.weights == torch.int8:
+            return dequantise(self.tables[t][rows_U], self.scale_views[t][rows_U])
+        return self.tables[t][rows_U].to(torch.float32, copy=True)
+
+    def write(self, t: int, w_UD: Tensor, rows_U: Tensor | slice = slice(None)) -> None:
+        """Store float32 values, rounded to the nearest where the table is narrower."""
+        if self.spec.weights == torch.int8:
+            self.tables[t][rows_U], self.scale_views[t][rows_U] = quantise(w_UD)
+        else:
+            self.tables[t][rows_U] = w_UD.to(self.spec.weights)
 
     def bytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for flat in (self.weights, *self.states.values()))
+        flats = (self.weights, self.scales, *self.states.values())
+        return sum(flat.numel() * flat.element_size() for flat in flats)
+
+    def _by_row(self, flat: Tensor) -> list[Tensor]:
+        starts = self.spec.row_starts
+        return [flat[start : start + table.rows] for start, table in zip(starts, self.spec.tables, strict=False)]
 
     def _table(self, flat: Tensor, t: int) -> Tensor:
         table, start = self.spec.tables[t], self.spec.starts[t]

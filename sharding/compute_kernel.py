@@ -48,7 +48,12 @@ STATE_NAMES = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "rowwise_adam": ("exp_avg", "exp_avg_sq"),
 }
-PRECISIONS = {torch.float32: SparseType.FP32, torch.bfloat16: SparseType.BF16, torch.float16: SparseType.FP16}
+PRECISIONS = {
+    torch.float32: SparseType.FP32,
+    torch.bfloat16: SparseType.BF16,
+    torch.float16: SparseType.FP16,
+    torch.int8: SparseType.INT8,
+}
 
 
 def kernels_of(task: nn.Module) -> list["FusedEmbeddingBag"]:
@@ -211,7 +216,7 @@ class FusedKernel(FusedOptimizerModule):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The tables, marked as updated in the backward: an optimizer outside leaves them alone."""
         for name, tensor in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
-            parameter = nn.Parameter(tensor)
+            parameter = _parameter(tensor)
             parameter._in_backward_optimizers = [EmptyFusedOptimizer()]
             yield name, parameter
 
@@ -243,7 +248,7 @@ class _Tables:
     def __init__(self, bags: TableBatchedEmbeddingBag) -> None:
         self._bags = bags
         self.weights_precision = PRECISIONS[bags.spec.weights]
-        self.flat = nn.Parameter(bags.state.weights)
+        self.flat = _parameter(bags.state.weights)
         self.feature_table_map = list(bags.spec.features)
         place = EmbeddingLocation.HOST if bags.state.device.type == "cpu" else EmbeddingLocation.DEVICE
         self.embedding_specs = [(t.rows, t.dim, place, None) for t in bags.spec.tables]
@@ -268,3 +273,8 @@ class _Tables:
 
     def set_optimizer_step(self, step: int) -> None:
         self._bags.state.step = step
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """torch gives gradients to floating-point numbers alone; rows of int8 are updated in the backward all the same."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())

@@ -62,10 +62,11 @@ class TableLoad:
     state_per_column: float = 0.0
     skew: Skew | None = field(default=None, compare=False)
     element: int = ELEMENT  # bytes of a weight as it is stored
+    scale: int = 0  # bytes of a row beside its weights, in each part by columns: the scale of a row of int8
 
     @property
     def bytes(self) -> int:
-        return self.element * self.rows * self.dim
+        return self.rows * (self.element * self.dim + self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +344,7 @@ class _Pricer:
         self.rows = np.array([t.rows for t in tables], float)
         self.dim = np.array([t.dim for t in tables], float)
         self.element = np.array([t.element for t in tables], float)
+        self.scale = np.array([t.scale for t in tables], float)
         self.bags = np.array([t.bags for t in tables], float) * work.batch_size
         self.ids = np.array([t.ids for t in tables], float) * work.batch_size
         self.state_row = np.array([t.state_per_row for t in tables], float)
@@ -364,7 +366,7 @@ class _Pricer:
 
     def _hits(self) -> np.ndarray:
         """(T,) share of look-ups that the device's cache serves, which the tables share by the bytes they look up."""
-        row = self.element * self.dim
+        row = self.element * self.dim + self.scale
         traffic = self.ids * row
         slice_of = self.topology.cache * np.minimum(1.0, self.world * traffic / max(traffic.sum(), 1.0))
         return np.array([float(s.covered(b / r)) for s, b, r in zip(self.skews, slice_of, row, strict=True)])
@@ -381,7 +383,7 @@ class _Pricer:
             valid &= (rows > 0).all(1)
         else:
             shares, distinct, rows = (np.ones((len(self.rows), 1)), self.distinct[:, None], self.rows[:, None])
-        c, row = columns[:, None], (self.element * columns)[:, None]  # columns and bytes of a row of a part
+        c, row = columns[:, None], (self.element * columns + self.scale)[:, None]  # columns and bytes of a part's row
         state = self.state_row[:, None] + c * self.state_column[:, None]
         if kind.sharding == "data_parallel":
             return self._data_parallel(kind, valid, row, state)

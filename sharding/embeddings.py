@@ -37,7 +37,7 @@ from kernels import registry
 from kernels.errors import UserError
 from sharding.tables.base import ById, Lowered, Source, Table, stored_dim
 
-DATA_TYPES = {"fp32": DataType.FP32, "bf16": DataType.BF16, "fp16": DataType.FP16}
+DATA_TYPES = {"fp32": DataType.FP32, "bf16": DataType.BF16, "fp16": DataType.FP16, "int8": DataType.INT8}
 
 
 def lower(table: Table) -> Lowered:
@@ -182,12 +182,17 @@ def _collection(
                 feature_names=list(t.features),
                 pooling=PoolingType.SUM,
                 data_type=DATA_TYPES[t.row_type],
+                init_fn=_left_alone,
             )
             for t in tables
         ],
         is_weighted=weighted,
         device=device,
     )
+
+
+def _left_alone(weights: Tensor) -> None:
+    """sharding/initial_weights.py draws the values; TorchRec would draw others first, and cannot for int8."""
 
 
 def _same(name: str, source: Source) -> bool:

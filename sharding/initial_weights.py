@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.hashing import mix64, seed_of
+from kernels.int8 import quantise
 from sharding.tables.base import Table
 
 BLOCK_VALUES = 1 << 16  # 256 KiB of float32: small beside any table, large beside the cost of a generator
@@ -30,14 +31,17 @@ def block_rows(dim: int) -> int:
 
 
 @torch.no_grad()
-def fill_shard(shard: Tensor, table: Table, *, seed: int, row: int = 0, column: int = 0) -> None:
+def fill_shard(
+    shard: Tensor, table: Table, *, seed: int, row: int = 0, column: int = 0, scales: Tensor | None = None
+) -> None:
     """Fill the shard of `table` that begins at (row, column), in place.
 
     shard: (rows, columns) on any device.  Columns from D on are padding and become zero.
+    scales: (rows,) of a shard of int8, filled too: the values are then rounded to the nearest that such a row has.
     """
     rows, columns = shard.shape
     if columns > max(0, table.dim - column):
-        shard[:, max(0, table.dim - column) :] = 0.0
+        shard[:, max(0, table.dim - column) :] = 0
         columns = max(0, table.dim - column)
     if not rows or not columns:
         return
@@ -49,8 +53,11 @@ def fill_shard(shard: Tensor, table: Table, *, seed: int, row: int = 0, column: 
         start = block * per_block
         values = _block(table, np.frombuffer(key, dtype=np.uint64), block, min(per_block, table.rows - start))
         low, high = max(row, start), min(row + rows, start + len(values))
-        part = values[low - start : high - start, column : column + columns]
-        shard[low - row : high - row, :columns].copy_(torch.from_numpy(part))
+        part = torch.from_numpy(values[low - start : high - start, column : column + columns])
+        if scales is not None:
+            part, scale = quantise(part)
+            scales[low - row : high - row].copy_(scale)
+        shard[low - row : high - row, :columns].copy_(part)
 
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
         for _ in pool.map(fill, range(first, last + 1)):

@@ -17,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 
+from kernels.errors import UserError
 from kernels.ops import Optimizer
 from sharding.by_id import ByIdSharder
 from sharding.compute_kernel import KernelSharder
@@ -24,6 +25,7 @@ from sharding.fbgemm import fused_params
 from sharding.initial_weights import fill_shard
 from sharding.plan import AllTypesSharder, embeddings_of
 from sharding.row_update import replace_update
+from sharding.table_state import SCALE, held_parts
 
 
 def parallelize(
@@ -48,6 +50,8 @@ def parallelize(
         trainer/optim/base.py gives.
     output: dtype of the pooled vectors that our own kernels give, float32 or bfloat16; FBGEMM's give float32.
     """
+    if kernel == "fbgemm":
+        _check_fbgemm(task)
     if kernel == "fbgemm" or optimizer is None:
         sharder = AllTypesSharder(fused_params=fused_params(optimizer, device=device) if optimizer else {})
     else:
@@ -84,6 +88,15 @@ def parallelize(
     return dmp
 
 
+def _check_fbgemm(task: nn.Module) -> None:
+    scaled = [t.name for t in embeddings_of(task).tables if t.row_type == "int8"]
+    if scaled:
+        raise UserError(
+            f'tables {", ".join(map(repr, scaled))}: row_type = "int8", and FBGEMM updates no rows of int8; use '
+            f'kernels.embedding_bag = "cpu" (or "reference" on a GPU), or row_type = "fp16"'
+        )
+
+
 class _Replicas(DefaultDataParallelWrapper):
     """DistributedDataParallel where there are several ranks; one alone has nobody to average its gradients with."""
 
@@ -102,6 +115,7 @@ def init_tables(dmp: DistributedModelParallel, *, seed: int) -> None:
     if embeddings.ebc_by_id is not None:
         for given in (given for kernel in embeddings.ebc_by_id.kernels for given in kernel.rows):
             given.start()
+    scales = {(h.table, h.row, h.column): h.tensor for h in held_parts(dmp.module) if h.what == SCALE}
     for table in embeddings.physical:
         if table.name in embeddings.by_id:
             continue
@@ -109,7 +123,8 @@ def init_tables(dmp: DistributedModelParallel, *, seed: int) -> None:
         if isinstance(weights, ShardedTensor):
             for shard in weights.local_shards():
                 row, column = shard.metadata.shard_offsets
-                fill_shard(shard.tensor, table, seed=seed, row=row, column=column)
+                at = {"row": row, "column": column}
+                fill_shard(shard.tensor, table, seed=seed, **at, scales=scales.get((table.name, row, column)))
         else:
             fill_shard(weights, table, seed=seed)
 

@@ -39,7 +39,7 @@ from sharding.cost import ELEMENT, Choice, DenseWork, Kind, TableLoad, Work
 from sharding.embeddings import Embeddings
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
-from sharding.tables.base import ROW_TYPES, SHARDING_TYPES, Table, stored_dim
+from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES, Table, stored_dim
 
 MIN_COLUMNS = 4
 # Of the EmbeddingBagCollections in a task: tables looked up by bag, id by id, and by rows that are given to ids.
@@ -187,6 +187,7 @@ def work_of(
                 state_per_column=per_column,
                 skew=skew,
                 element=ROW_TYPES[table.row_type],
+                scale=ROW_SCALES[table.row_type],
             )
         )
     return Work(
@@ -403,7 +404,7 @@ def describe(
         map_row = embeddings.by_id[t.name].bytes_per_row if t.name in embeddings.by_id else 0.0
         for rank, device, (r0, r1, c0, c1) in shards:
             of_row = loads[t.name].state_per_row - map_row + (c1 - c0) * loads[t.name].state_per_column
-            size, state = ROW_TYPES[t.row_type] * (r1 - r0) * (c1 - c0), round((r1 - r0) * of_row)
+            size, state = (r1 - r0) * t.row_bytes(c1 - c0), round((r1 - r0) * of_row)
             entries.append({"rank": rank, "rows": [r0, r1], "cols": [c0, c1], "bytes": size})
             ranks[rank]["table_bytes"] += size
             ranks[rank]["optimizer_bytes"] += state

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharding.table_state import Fused
+from sharding.table_state import Fused, scales_of
 
 BLOCK_BYTES = 4 << 20  # of a table's weights, copied at once
 
@@ -116,9 +116,13 @@ class Snapshot:
 def _tables(kernel: Fused) -> list[_Table]:
     weights = [tensor.detach() for tensor in kernel.emb_module.split_embedding_weights()]
     states = kernel.emb_module.split_optimizer_states() or [[]] * len(weights)
+    scales = [[scale] for scale in scales_of(kernel)] or [[]] * len(weights)
     return [
-        _Table(tensors=(weight, *(s.detach() for s in of_table)), kept_E=torch.zeros(len(weight), dtype=torch.bool))
-        for weight, of_table in zip(weights, states, strict=True)
+        _Table(
+            tensors=(weight, *scale, *(s.detach() for s in of_table)),
+            kept_E=torch.zeros(len(weight), dtype=torch.bool),
+        )
+        for weight, scale, of_table in zip(weights, scales, states, strict=True)
     ]
 
 

@@ -4,7 +4,8 @@
     set_updates(task, count)                how many updates the kernels count from (Adam's bias correction)
 
 A part is a box of rows and columns.  Weights and states of one number per element are (rows, columns); a state of one
-number per row is (rows,), and a table that is cut by columns has one such number per row and column part.
+number per row is (rows,), and so are the scales of rows of int8; a table that is cut by columns has one such number per
+row and column part.
 """
 
 from collections.abc import Iterator
@@ -19,12 +20,12 @@ from sharding.compute_kernel import FusedEmbeddingBag
 from sharding.plan import embeddings_of
 
 Fused = FusedEmbeddingBag | BatchedFusedEmbeddingBag
-WEIGHT = "weight"
+WEIGHT, SCALE = "weight", "scale"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """what: "weight" or the name of a state (sum, exp_avg, ...).  tensor: a view, not a copy."""
+    """what: "weight", "scale" or the name of a state (sum, exp_avg, ...).  tensor: a view, not a copy."""
 
     table: str
     what: str
@@ -52,6 +53,11 @@ def tables_of(kernel: Fused) -> list[tuple[str, int, int, int, int]]:
     return found
 
 
+def scales_of(kernel: Fused) -> list[Tensor]:
+    """(rows,) of each table part of a kernel whose rows are int8; empty for other kernels."""
+    return kernel.bags.state.scale_views if isinstance(kernel, FusedEmbeddingBag) else []
+
+
 def held_parts(task: nn.Module) -> list[Held]:
     """But of the tables whose rows are given to ids, where a row's number means nothing (sharding/by_id.py)."""
     found = []
@@ -62,9 +68,14 @@ def held_parts(task: nn.Module) -> list[Held]:
             kernel.emb_module.flush()  # rows that FBGEMM caches on the GPU
         weights = kernel.emb_module.split_embedding_weights()
         states: list[dict[str, Tensor]] = kernel.emb_module.get_optimizer_state() or [{}] * len(weights)
-        for (name, row, rows, column, columns), weight, state in zip(tables_of(kernel), weights, states, strict=True):
+        scales = scales_of(kernel) or [None] * len(weights)
+        for (name, row, rows, column, columns), weight, scale, state in zip(
+            tables_of(kernel), weights, scales, states, strict=True
+        ):
             shared: dict[str, Any] = {"table": name, "row": row, "column": column, "columns": columns}
             found.append(Held(what=WEIGHT, tensor=weight.detach(), **shared))
+            if scale is not None:
+                found.append(Held(what=SCALE, tensor=scale, **shared))
             for what, tensor in state.items():
                 flat = tensor.detach()
                 assert flat.shape[0] == rows, f"{name}: {what} is {tuple(flat.shape)}"

@@ -19,12 +19,15 @@ from kernels.backends._vectors import (
     dot,
     least,
     load,
+    load_row,
     most,
     multiply,
     prefetch,
+    prefetch_scale,
     root,
     store,
-    store_at_random,
+    store_row,
+    store_row_at_random,
     zeros,
 )
 
@@ -37,7 +40,9 @@ NO_DECAY, L2, DECOUPLED = range(3)
 @njit(nogil=True, cache=True, error_model="numpy")
 def pool(
     weights,  # flat tables
+    row_scales,  # flat float32, read if weights are int8
     starts,  # (F,) uint64, where the table of each feature starts in weights
+    row_starts,  # (F,) uint64, where it starts in row_scales
     rows,  # (F,) uint64, rows of it
     columns,  # (F,) uint64, first column of each feature in out
     ids,  # (N,)
@@ -56,7 +61,7 @@ def pool(
     count = uint64(len(ids))
     for p in range(len(parts)):
         f = uint64(parts[p, 0])
-        start, limit, column = starts[f], rows[f], columns[f]
+        start, row_start, limit, column = starts[f], row_starts[f], rows[f], columns[f]
         last = min(uint64(offsets[f * uint64(bags) + uint64(parts[p, 2])]), count)
         for b in range(uint64(parts[p, 1]), uint64(parts[p, 2])):
             bag = f * uint64(bags) + uint64(b)
@@ -66,12 +71,14 @@ def pool(
             total = zeros(D)
             for i in range(first, end):
                 if i + uint64(AHEAD) < last:
-                    prefetch(weights, start + uint64(ids[i + uint64(AHEAD)]) * uint64(D), D)
+                    coming = uint64(ids[i + uint64(AHEAD)])
+                    prefetch(weights, start + coming * uint64(D), D)
+                    prefetch_scale(weights, row_scales, row_start + coming)
                 row = uint64(ids[i])
                 if row >= limit:
                     fine = False
                     row = uint64(0)
-                values = load(weights, start + row * uint64(D), D)
+                values = load_row(weights, row_scales, start + row * uint64(D), row_start + row, D)
                 if WEIGHTED:
                     total = add_product(total, values, scales[i])
                 else:
@@ -83,17 +90,19 @@ def pool(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def gather(weights, start, limit, ids, scales, out, first, end, D, WEIGHTED):
+def gather(weights, row_scales, start, row_start, limit, ids, scales, out, first, end, D, WEIGHTED):
     """out[i] = row of ids[i], times its scale, for first <= i < end; False where an id is outside the table."""
     fine = True
     for i in range(uint64(first), uint64(end)):
         if i + uint64(AHEAD) < uint64(end):
-            prefetch(weights, uint64(start) + uint64(ids[i + uint64(AHEAD)]) * uint64(D), D)
+            coming = uint64(ids[i + uint64(AHEAD)])
+            prefetch(weights, uint64(start) + coming * uint64(D), D)
+            prefetch_scale(weights, row_scales, uint64(row_start) + coming)
         row = uint64(ids[i])
         if row >= uint64(limit):
             fine = False
             row = uint64(0)
-        values = load(weights, uint64(start) + row * uint64(D), D)
+        values = load_row(weights, row_scales, uint64(start) + row * uint64(D), uint64(row_start) + row, D)
         if WEIGHTED:
             values = multiply(values, scales[i])
         store(out, i * uint64(D), values)
@@ -170,6 +179,7 @@ def collect(
 @njit(nogil=True, cache=True, error_model="numpy")
 def learn(
     weights,  # flat tables, changed
+    row_scales,  # flat float32, changed if weights are int8
     first_state,  # flat momentum1, changed
     second_state,  # flat momentum2, changed
     grad,  # (B * X,) or (N * D,)
@@ -220,13 +230,14 @@ def learn(
         while i < count:
             row = order[i] >> shift
             at = start + row * uint64(D)
-            w = load(weights, at, D)
+            w = load_row(weights, row_scales, at, row_start + row, D)
             g = zeros(D)
             while i < count and order[i] >> shift == row:
                 if i + uint64(AHEAD) < count:
                     coming = order[i + uint64(AHEAD)]
                     later = start + (coming >> shift) * uint64(D)
                     prefetch(weights, later, D)
+                    prefetch_scale(weights, row_scales, row_start + (coming >> shift))
                     if optimizer == ROWWISE_ADAGRAD:
                         prefetch(first_state, row_start + (coming >> shift), 1)
                     elif optimizer != SGD:
@@ -277,9 +288,9 @@ def learn(
                 if norm > most_norm:
                     w = multiply(w, most_norm / norm)
             if stochastic:
-                store_at_random(weights, at, w, mix(row_keys[t] ^ row))
+                store_row_at_random(weights, row_scales, at, row_start + row, w, mix(row_keys[t] ^ row))
             else:
-                store(weights, at, w)
+                store_row(weights, row_scales, at, row_start + row, w)
     return True
 
 

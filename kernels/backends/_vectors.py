@@ -3,8 +3,8 @@
 Numba's own loops over a row leave the sum of a bag in memory and test for overlap of arrays before each row; a vector
 value stays in registers, and LLVM cuts it into AVX-512, AVX2 or SSE pieces for the machine it runs on.  The width is
 an integer literal, so each width is compiled once.  Arrays are flat; their dtype says what a row is made of:
-float32; uint16: the bits of bfloat16; int16: the bits of float16.  Indices are uint64: a signed one would be tested for
-wrap-around at every element.
+float32; uint16: the bits of bfloat16; int16: the bits of float16; int8: numbers that are multiplied with their row's
+scale (kernels/int8.py).  Indices are uint64: a signed one would be tested for wrap-around at every element.
 
 Imports Numba, so it is imported when the cpu backend is chosen and not before.
 """
@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-F32, I32, I16, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
+F32, I32, I16, I8, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.HalfType()
 LINE = 64  # bytes
 
 
@@ -76,16 +76,36 @@ def load(typing, array, index, lanes):
 
     def emit(context, builder, signature, args):
         place = _place(context, builder, signature.args[0], args[0], args[1])
-        n = kind.lanes
-        if signature.args[0].dtype == types.float32:
-            return builder.load(builder.bitcast(place, ir.VectorType(F32, n).as_pointer()), align=4)
-        raw = builder.load(builder.bitcast(place, ir.VectorType(I16, n).as_pointer()), align=2)
-        if signature.args[0].dtype == types.uint16:
-            wide = builder.shl(builder.zext(raw, ir.VectorType(I32, n)), _same(16, n))
-            return builder.bitcast(wide, ir.VectorType(F32, n))
-        return builder.fpext(builder.bitcast(raw, ir.VectorType(HALF, n)), ir.VectorType(F32, n))
+        return _load(builder, signature.args[0].dtype, place, kind.lanes)
 
     return kind(array, index, lanes), emit
+
+
+def _load(builder, dtype, place, n):
+    if dtype == types.float32:
+        return builder.load(builder.bitcast(place, ir.VectorType(F32, n).as_pointer()), align=4)
+    raw = builder.load(builder.bitcast(place, ir.VectorType(I16, n).as_pointer()), align=2)
+    if dtype == types.uint16:
+        wide = builder.shl(builder.zext(raw, ir.VectorType(I32, n)), _same(16, n))
+        return builder.bitcast(wide, ir.VectorType(F32, n))
+    return builder.fpext(builder.bitcast(raw, ir.VectorType(HALF, n)), ir.VectorType(F32, n))
+
+
+@intrinsic(prefer_literal=True)
+def load_row(typing, array, scales, index, row, lanes):
+    """load(array, index, D), times scales[row] where the array is of int8; other arrays have no scales."""
+    kind = Vector(lanes.literal_value)
+
+    def emit(context, builder, signature, args):
+        place = _place(context, builder, signature.args[0], args[0], args[2])
+        n = kind.lanes
+        if signature.args[0].dtype != types.int8:
+            return _load(builder, signature.args[0].dtype, place, n)
+        raw = builder.load(builder.bitcast(place, ir.VectorType(I8, n).as_pointer()), align=1)
+        scale = builder.load(_place(context, builder, signature.args[1], args[1], args[3]))
+        return builder.fmul(builder.sitofp(raw, ir.VectorType(F32, n)), _splat(builder, scale, n, F32))
+
+    return kind(array, scales, index, row, lanes), emit
 
 
 @intrinsic
@@ -101,21 +121,38 @@ def store(typing, array, index, vector):
 
 
 @intrinsic
-def store_at_random(typing, array, index, vector, key):
+def store_row(typing, array, scales, index, row, vector):
+    """array[index : index + D] = vector, rounded to nearest; the scale of a row of int8 goes to scales[row]."""
+
+    def emit(context, builder, signature, args):
+        dtype, n = signature.args[0].dtype, vector.lanes
+        place = _place(context, builder, signature.args[0], args[0], args[2])
+        if dtype == types.int8:
+            _store_scaled(builder, place, _place(context, builder, signature.args[1], args[1], args[3]), args[4], n)
+        else:
+            _store(builder, dtype, place, args[4], n)
+        return context.get_dummy_value()
+
+    return types.void(array, scales, index, row, vector), emit
+
+
+@intrinsic
+def store_row_at_random(typing, array, scales, index, row, vector, key):
     """The same, rounded up or down at random: kernels.ops.random_bits of a row whose 64-bit key is `key`."""
 
     def emit(context, builder, signature, args):
-        dtype, n, value = signature.args[0].dtype, vector.lanes, args[2]
-        place = _place(context, builder, signature.args[0], args[0], args[1])
+        dtype, n, value = signature.args[0].dtype, vector.lanes, args[4]
+        place = _place(context, builder, signature.args[0], args[0], args[2])
         if dtype == types.float32:
             _store(builder, dtype, place, value, n)
             return context.get_dummy_value()
+        x = _random_bits(builder, args[5], n)
         ints, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
-        each = ir.Constant(ints, [d * 0x9E3779B9 & 0xFFFFFFFF for d in range(n)])
-        x = builder.add(_splat(builder, builder.trunc(args[3], I32), n, I32), each)
-        x = builder.mul(builder.xor(x, builder.lshr(x, _same(16, n))), _same(0x7FEB352D, n))
-        x = builder.mul(builder.xor(x, builder.lshr(x, _same(15, n))), _same(0x846CA68B, n))
-        x = builder.xor(x, builder.lshr(x, _same(16, n)))
+        if dtype == types.int8:
+            share = builder.fmul(builder.uitofp(builder.lshr(x, _same(8, n)), floats), _same(2.0**-24, n, F32))
+            scale = _place(context, builder, signature.args[1], args[1], args[3])
+            _store_scaled(builder, place, scale, value, n, share)
+            return context.get_dummy_value()
         drop = 16 if dtype == types.uint16 else 13
         mask = (1 << drop) - 1
         noise = builder.and_(x, _same(mask, n))
@@ -131,7 +168,38 @@ def store_at_random(typing, array, index, vector, key):
         _store(builder, dtype, place, builder.select(finite, rounded, value), n)
         return context.get_dummy_value()
 
-    return types.void(array, index, vector, key), emit
+    return types.void(array, scales, index, row, vector, key), emit
+
+
+def _random_bits(builder, key, n):
+    """n numbers of 32 bits from the low half of a row's key."""
+    each = ir.Constant(ir.VectorType(I32, n), [d * 0x9E3779B9 & 0xFFFFFFFF for d in range(n)])
+    x = builder.add(_splat(builder, builder.trunc(key, I32), n, I32), each)
+    x = builder.mul(builder.xor(x, builder.lshr(x, _same(16, n))), _same(0x7FEB352D, n))
+    x = builder.mul(builder.xor(x, builder.lshr(x, _same(15, n))), _same(0x846CA68B, n))
+    return builder.xor(x, builder.lshr(x, _same(16, n)))
+
+
+def _store_scaled(builder, place, scale_place, value, n, share=None):
+    """kernels.int8.quantise of one row; share: what is added before the fraction is cut off, else to nearest."""
+    ints, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
+    sizes = builder.bitcast(_call(builder, "fabs", value), ints)  # as integers in the same order; NaN above infinity
+    signature = ir.FunctionType(I32, [ints])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.vector.reduce.umax.v{n}i32")
+    largest = builder.call(function, [sizes])
+    power = builder.sub(builder.lshr(builder.add(largest, I32(0x1FFFF)), I32(23)), I32(6))
+    power = builder.select(builder.icmp_signed("<", power, I32(1)), I32(1), power)
+    finite = builder.icmp_unsigned("<", largest, I32(0x7F800000))
+    scale = builder.select(finite, builder.shl(power, I32(23)), I32(0x7FC00000))
+    builder.store(builder.bitcast(scale, F32), scale_place)
+    inverse = builder.bitcast(builder.shl(builder.sub(I32(254), power), I32(23)), F32)  # 1 / scale, exactly
+    x = builder.fmul(value, _splat(builder, inverse, n, F32))
+    x = _call(builder, "rint", x) if share is None else _call(builder, "floor", builder.fadd(x, share))
+    x = builder.select(builder.fcmp_ordered(">", x, _same(127.0, n, F32)), _same(127.0, n, F32), x)
+    x = builder.select(builder.fcmp_ordered("<", x, _same(-127.0, n, F32)), _same(-127.0, n, F32), x)
+    x = builder.select(_splat(builder, finite, n, ir.IntType(1)), x, _same(0.0, n, F32))
+    numbers = builder.trunc(builder.fptosi(x, ints), ir.VectorType(I8, n))
+    builder.store(numbers, builder.bitcast(place, ir.VectorType(I8, n).as_pointer()), align=1)
 
 
 def _store(builder, dtype, place, value, n):
@@ -228,12 +296,28 @@ def prefetch(typing, array, index, count):
     def emit(context, builder, signature, args):
         place = _place(context, builder, signature.args[0], args[0], args[1])
         size = signature.args[0].dtype.bitwidth // 8
-        bytes_at = builder.bitcast(place, ir.IntType(8).as_pointer())
-        signature_of_it = ir.FunctionType(ir.VoidType(), [bytes_at.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, signature_of_it, "llvm.prefetch.p0")
+        bytes_at = builder.bitcast(place, I8.as_pointer())
         for line in range(0, count.literal_value * size, LINE):
-            there = builder.gep(bytes_at, [ir.Constant(ir.IntType(64), line)])
-            builder.call(function, [there, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+            _prefetch(builder, builder.gep(bytes_at, [ir.Constant(ir.IntType(64), line)]))
         return context.get_dummy_value()
 
     return types.void(array, index, count), emit
+
+
+@intrinsic
+def prefetch_scale(typing, array, scales, row):
+    """Ask for scales[row] where the array is of int8."""
+
+    def emit(context, builder, signature, args):
+        if signature.args[0].dtype == types.int8:
+            place = _place(context, builder, signature.args[1], args[1], args[2])
+            _prefetch(builder, builder.bitcast(place, I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(array, scales, row), emit
+
+
+def _prefetch(builder, place):
+    signature = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [place, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])

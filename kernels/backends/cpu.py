@@ -57,6 +57,7 @@ class Kernel:
         self.scratch: dict[int, tuple] = {}  # of each thread: grows to the longest part, 16 bytes an id
         features = spec.features
         self.starts = np.array([spec.starts[t] for t in features], np.uint64)
+        self.row_starts = np.array([spec.row_starts[t] for t in features], np.uint64)
         self.rows = np.array([spec.tables[t].rows for t in features], np.uint64)
         self.columns = np.array(spec.columns[:-1], np.uint64)
         self.dims = [spec.tables[t].dim for t in features]
@@ -83,20 +84,23 @@ class Kernel:
         out = self.outputs.take(shape, spec.output)
         if offset[0] != 0 or offset[-1] != ids.numel():
             check_ids(spec, ids_N, offsets)
-        weights, target, numbers = _array(self.state.weights), _array(out), ids.numpy()
+        weights, row_scales = _array(self.state.weights), _array(self.state.scales)
+        target, numbers = _array(out), ids.numpy()
         scales = self.none if weights_N is None else weights_N.detach().contiguous().numpy()
 
         def work(parts) -> bool:
             if spec.pooling == "none":
                 return all(
                     self._gather(self.dims[f], ids.dtype)(
-                        weights, self.starts[f], self.rows[f], numbers, scales, target, first, end
+                        *(weights, row_scales, self.starts[f], self.row_starts[f], self.rows[f]),
+                        *(numbers, scales, target, first, end),
                     )
                     for f, first, end in parts
                 )
             return all(
                 self._pool(dim, ids.dtype)(
-                    *(weights, self.starts, self.rows, self.columns, numbers, offset, scales, target),
+                    *(weights, row_scales, self.starts, self.row_starts, self.rows, self.columns),
+                    *(numbers, offset, scales, target),
                     *(bags, spec.columns[-1], np.array(of_dim, np.int64), spec.pooling == "mean"),
                 )
                 for dim, of_dim in _by(parts, lambda part: self.dims[part[0]])
@@ -127,7 +131,8 @@ class Kernel:
         if self._stochastic:
             keys[:] = [row_key(spec, step=state.step, table=t) for t in range(len(spec.tables))]
         scales = self.none if weights_N is None else weights_N.detach().contiguous().numpy()
-        given = (_array(state.weights), *states, _array(grad), ids.numpy(), offset, scales, scale_grads.numpy())
+        given = (_array(state.weights), _array(state.scales), *states, _array(grad))
+        given = (*given, ids.numpy(), offset, scales, scale_grads.numpy())
         about = (self.tables, self.features, self.columns, keys, bags, spec.columns[-1])
         values = (self._numbers(), self._flags(weighted=weights_N is not None, wanted=weights_grad))
 
@@ -256,16 +261,17 @@ def _compiled(name: str, weights: torch.dtype, output: torch.dtype, ids: torch.d
         return types.Array(dtype, 1, "C")
 
     kinds = {torch.float32: types.float32, torch.bfloat16: types.uint16, torch.float16: types.int16}
+    kinds[torch.int8] = types.int8
     w, o, f, u, i = (flat(k) for k in (kinds[weights], kinds[output], types.float32, types.uint64, types.int64))
     n, matrix = flat(types.int32 if ids == torch.int32 else types.int64), types.Array(types.int64, 2, "C")
     literals = (types.literal(dim), types.literal(int(last)))
     if name == "pool":
-        given = (w, u, u, u, n, i, f, o, types.int64, types.int64, matrix, types.boolean)
+        given = (w, f, u, u, u, u, n, i, f, o, types.int64, types.int64, matrix, types.boolean)
     elif name == "gather":
-        given = (w, types.uint64, types.uint64, n, f, o, types.int64, types.int64)
+        given = (w, f, types.uint64, types.uint64, types.uint64, n, f, o, types.int64, types.int64)
     else:
         about = (matrix, types.Array(types.uint64, 2, "C"), i, u, u, types.int64, types.int64)
-        given = (w, f, f, o, n, i, f, f, *about, types.Tuple((u, u, u, f)), f, i)
+        given = (w, f, f, f, o, n, i, f, f, *about, types.Tuple((u, u, u, f)), f, i)
     entry = getattr(_loops, name).compile((*given, *literals))
     return lambda *args: entry(*args, dim, int(last))
 

@@ -32,6 +32,8 @@ def supports(spec: Spec, device: torch.device) -> str | None:
         return f"FBGEMM's CPU build has no {opt.kind}"
     if opt.weight_decay or opt.max_norm is not None:
         return "FBGEMM's CPU kernels accept weight decay and max_norm and do nothing with them"
+    if spec.weights == torch.int8:
+        return "FBGEMM updates no rows of int8"
     if spec.weights == torch.bfloat16 or spec.output != torch.float32:
         return "FBGEMM's CPU kernels have no bfloat16"
     if spec.weights == torch.float16 and spec.stochastic:

@@ -6,6 +6,7 @@ Letters in shapes: B bags of a feature, N ids, U different rows among the ids of
 import torch
 from torch import Tensor
 
+from kernels.int8 import quantise
 from kernels.ops import Optimizer, Spec, State, check_ids, random_bits
 
 SPEED = {"cpu": 1, "cuda": 1}
@@ -29,7 +30,7 @@ class Kernel:
         parts = []
         for f, t in enumerate(self.spec.features):
             at_N, bag_N, bags = self._places(f, offsets)
-            rows_ND = self.state.tables[t][ids_N[at_N].long()].double() * scale_N[at_N, None]
+            rows_ND = self.state.read(t, ids_N[at_N].long()).double() * scale_N[at_N, None]
             if self.spec.pooling == "none":
                 parts.append(rows_ND)
             else:
@@ -52,7 +53,7 @@ class Kernel:
                 else:
                     grad_ND = grad[bag_N, self.spec.columns[f] : self.spec.columns[f + 1]].double()
                 if grad_N is not None:
-                    rows_ND = self.state.tables[t][ids_N[at_N].long()].double()
+                    rows_ND = self.state.read(t, ids_N[at_N].long()).double()
                     grad_N[at_N] = ((grad_ND * rows_ND).sum(1) * scale_N[at_N]).float()
                 if self.spec.optimizer.max_gradient is not None:
                     grad_ND = grad_ND.clamp(-self.spec.optimizer.max_gradient, self.spec.optimizer.max_gradient)
@@ -86,15 +87,19 @@ class Kernel:
         g_UD = grad_ND.new_zeros(len(rows_U), grad_ND.shape[1]).index_add_(0, at_N, grad_ND)
         views = {name: self.state.state_views(name)[t] for name in self.state.states}
         states = {name: view[rows_U].double() for name, view in views.items()}
-        w_UD = self.state.tables[t][rows_U].double()
+        w_UD = self.state.read(t, rows_U).double()
         new_UD = update(self.spec.optimizer, w_UD, g_UD, states, lr=self.state.lr, step=self.state.step)
         for name, view in views.items():
             view[rows_U] = states[name].float()
         new_UD = new_UD.float()
-        if self.spec.stochastic and self.spec.weights != torch.float32:
-            bits_UD = random_bits(self.spec, step=self.state.step, table=t, rows_U=rows_U, dim=new_UD.shape[1])
-            new_UD = round_at_random(new_UD, bits_UD, self.spec.weights)
-        self.state.tables[t][rows_U] = new_UD.to(self.spec.weights)
+        if not self.spec.stochastic or self.spec.weights == torch.float32:
+            self.state.write(t, new_UD, rows_U)
+            return
+        bits_UD = random_bits(self.spec, step=self.state.step, table=t, rows_U=rows_U, dim=new_UD.shape[1])
+        if self.spec.weights == torch.int8:
+            self.state.tables[t][rows_U], self.state.scale_views[t][rows_U] = quantise(new_UD, bits_UD)
+        else:
+            self.state.tables[t][rows_U] = round_at_random(new_UD, bits_UD, self.spec.weights).to(self.spec.weights)
 
 
 def update(opt: Optimizer, w_UD: Tensor, g_UD: Tensor, states: dict[str, Tensor], *, lr: float, step: int) -> Tensor:

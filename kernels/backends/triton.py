@@ -71,6 +71,8 @@ def supports(spec: Spec, device: torch.device) -> str | None:
     wide = [t for t, table in enumerate(spec.tables) if table.dim > WIDEST]
     if wide:
         return f"{spec.title(wide[0])} has {spec.tables[wide[0]].dim} columns, more than {WIDEST}"
+    if spec.weights == torch.int8:
+        return "has no rows of int8"
     return None
 
 

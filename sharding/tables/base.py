@@ -49,6 +49,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels import registry
 from kernels.errors import UserError
+from kernels.int8 import SCALE_BYTES
 
 if TYPE_CHECKING:
     from kernels.id_maps.base import Policy  # imports torch, which the command line does without
@@ -62,8 +63,9 @@ SHARDING_TYPES = (
     "table_column_wise",
     "grid_shard",
 )
-# How a row is stored -> bytes of an element.
-ROW_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# How a row is stored -> bytes of an element, and of the row beside them: an int8 row has a scale.
+ROW_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+ROW_SCALES = {"fp32": 0, "bf16": 0, "fp16": 0, "int8": SCALE_BYTES}
 ALIGNED = 4  # columns: FBGEMM's kernels want multiples of it
 
 
@@ -125,7 +127,7 @@ class Table:
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of `dim` columns as this table stores rows."""
-        return ROW_TYPES[self.row_type] * stored_dim(dim)
+        return ROW_TYPES[self.row_type] * stored_dim(dim) + ROW_SCALES[self.row_type]
 
     def part(self, suffix: str, *, features: Sequence[str], **changes: Any) -> "Table":
         """A physical table NAME#suffix for this logical one: sharded and stored like it, with these changes."""

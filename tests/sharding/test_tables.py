@@ -50,6 +50,8 @@ def table_of(number: int, *, sharding: str = "auto", **changes) -> Table:
     kind, variant = CASES[number]
     features = (f"f{number}", f"g{number}")
     pooling = "mean" if number % 2 else "sum"
+    if changes.get("row_type") == "int8" and "budget" in variant:
+        variant = variant | {"budget": 0.7}  # 4 of 8 columns and a scale: two thirds of 8 columns and a scale
     given = {"rows": 40 + number, "dim": 8, "pooling": pooling, "sharding": sharding, "init_std": 0.4}
     return Table(name=f"t{number}", kind=kind, options=dict(variant), features=features, **{**given, **changes})
 
@@ -215,7 +217,16 @@ class Run:
         return not self.bf16 and self.row_type == "fp32"
 
 
-NARROW = [Run(sharding="row_wise", row_type="bf16"), Run(sharding="column_wise", row_type="fp16")]
+NARROW = [
+    Run(sharding="row_wise", row_type="bf16"),
+    Run(sharding="column_wise", row_type="fp16"),
+    Run(sharding="row_wise", row_type="int8"),
+]
+SCALED = [  # int8: every sharding type but copies, every optimizer, and look-ups of 16 bits
+    *(Run(sharding=s, row_type="int8") for s in SHARDING_TYPES if s not in ("data_parallel", "row_wise")),
+    *(Run(sharding="table_wise", pipeline="overlapped", optimizer=name, row_type="int8") for name in OPTIMIZERS),
+    Run(sharding="table_wise", bf16=True, row_type="int8"),
+]
 RUNS = {  # world size -> trainings, all in one process group: starting ranks takes longer than their steps
     1: [*(Run(sharding="table_wise", pipeline="overlapped", optimizer=name) for name in OPTIMIZERS), *NARROW],
     2: [
@@ -224,6 +235,7 @@ RUNS = {  # world size -> trainings, all in one process group: starting ranks ta
         *(Run(sharding=sharding, bf16=True) for sharding in ("table_wise", "row_wise")),
         *NARROW,
         Run(sharding="table_wise", row_type="bf16"),
+        *SCALED,
     ],
     4: [
         Run(sharding="row_wise", pipeline="overlapped"),
@@ -231,7 +243,7 @@ RUNS = {  # world size -> trainings, all in one process group: starting ranks ta
         Run(sharding="auto", optimizer="adam"),
     ],
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def train_all(runs: list[Run]) -> list[tuple[list[float], set]]:

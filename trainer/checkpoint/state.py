@@ -2,6 +2,7 @@
 
     tables/TABLE/weight             (E, D) as stored; with the states of one number per element beside it
     tables/TABLE/STATE:C0-C1        (E,) a state of one number per row, of the table's columns C0 .. C1-1
+    tables/TABLE/scale:C0-C1        (E,) likewise, the scales of rows of int8 (kernels/int8.py)
     tables/TABLE/parts:P0-P1/...    of a table whose rows are given to ids: by_id.py
     dense/NAME                      parameters and buffers outside the tables, equal on all ranks
     optimizer/PARAMETER/STATE       of the dense layers
@@ -25,9 +26,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from kernels.errors import UserError
 from sharding.embeddings import stored_dim
 from sharding.plan import embeddings_of
-from sharding.table_state import WEIGHT, Held, held_parts, set_updates
+from sharding.table_state import SCALE, WEIGHT, Held, held_parts, set_updates
 from sharding.touched import Key
-from trainer.checkpoint import by_id
+from trainer.checkpoint import by_id, scaled
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.storage import Part, whole
 from trainer.optim.base import TABLES, table_of
@@ -47,7 +48,7 @@ def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> 
     sizes = {name: (table.rows, stored_dim(table.dim)) for name, table in physical.items()}
     parts = [replace(_table_part(held, sizes[held.table]), watched=True) for held in held_parts(model.module)]
     if optimizer is None:
-        parts = [part for part in parts if part.name.endswith(f"/{WEIGHT}")]
+        parts = [part for part in parts if part.name.rpartition("/")[2].partition(":")[0] in (WEIGHT, SCALE)]
     in_backward = {part.table for part in parts}
     given = embeddings_of(model.module).by_id
     parts = parts if fused else []
@@ -119,9 +120,11 @@ def load(model: nn.Module, optimizer: Any | None, chain: Chain) -> None:
     _check_names(parts, chain, with_optimizer=optimizer is not None)
     extra = [part for part in parts if part.name.endswith(EXTRA)]
     with torch.no_grad():
-        direct, merge = _fit_row_states([part for part in parts if not part.name.endswith(EXTRA)], chain)
+        parts, merge_scales = scaled.fit([part for part in parts if not part.name.endswith(EXTRA)], chain)
+        direct, merge = _fit_row_states(parts, chain)
         chain.load(direct)
         merge()
+        merge_scales()
         new = by_id.load(model, chain, with_states=optimizer is not None)
         if new:
             raise UserError(f"table {new[0]!r}: the checkpoint has no id map of it; it was written with another kind")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.checkpoint import by_id, storage
+from trainer.checkpoint import by_id, scaled, storage
 from trainer.checkpoint import files as files_module
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.chain import LAZY_BYTES, Chain, open_chain
@@ -138,7 +138,10 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
             raise UserError(f"table {table!r} has the rows 0 to {count - 1}, not {wrong[0]}")
         of_table = [name for name, entry in entries.items() if entry.table == table]
         result["rows"] = [
-            {"row": row, **{n.rpartition("/")[2]: chain.read(n, rows=(row, row + 1))[0].tolist() for n in of_table}}
+            {
+                "row": row,
+                **{n.rpartition("/")[2]: scaled.values(chain, n, rows=(row, row + 1))[0].tolist() for n in of_table},
+            }
             for row in rows
         ]
     return result
@@ -170,10 +173,11 @@ def _states(chain: Chain, base: str) -> list[str]:
 def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, Any]:
     name = f"{base}/weight"
     entry = entries[name]
-    states = _states(chain, base)
+    scales = [scale for scale, *_ in scaled.scales_in(chain, entry.table)]
+    states = [n for n in _states(chain, base) if n not in scales]
     total, least, most, zero, idle = 0.0, math.inf, 0.0, 0, 0
     for first, end in _steps(entry):
-        weights = chain.read(name, rows=(first, end)).float()
+        weights = scaled.values(chain, name, rows=(first, end)).float()
         norm_E = weights.norm(dim=1)
         total += norm_E.double().sum().item()
         least, most = min(least, norm_E.min().item()), max(most, norm_E.max().item())
@@ -181,15 +185,15 @@ def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, An
         if states:
             still_E = torch.ones(end - first, dtype=torch.bool)
             for state in states:
-                values = chain.read(state, rows=(first, end))
-                still_E &= (values == 0).view(end - first, -1).all(dim=1)
+                state_E = chain.read(state, rows=(first, end))
+                still_E &= (state_E == 0).view(end - first, -1).all(dim=1)
             idle += int(still_E.sum())
     rows = entry.size[0]
     return {
         "table": base.removeprefix("tables/"),
         "rows": rows,
         "columns": entry.size[1],
-        "bytes": rows * entry.row_bytes,
+        "bytes": rows * sum(entries[n].row_bytes for n in (name, *scales)),
         "states": sorted(n.rpartition("/")[2] for n in states),
         "norm": {"mean": total / rows, "least": least, "largest": most},
         "zero_rows": zero,
@@ -222,11 +226,11 @@ def export(where: str, out: Path) -> dict[str, Any]:
         owners = by_id.owners(chain, base) if given else None
         with pq.ParquetWriter(path, pa.schema(fields), compression="zstd") as writer:
             for first, end in _steps(entry):
-                values = chain.read(name, rows=(first, end)).float().numpy()
+                rows_UD = scaled.values(chain, name, rows=(first, end)).float().numpy()
                 columns = [
                     pa.array(range(first, end), pa.int64()),
                     *([] if owners is None else [pa.array(owners[first:end], pa.int64())]),
-                    *(pa.array(values[:, c]) for c in range(entry.size[1])),
+                    *(pa.array(rows_UD[:, c]) for c in range(entry.size[1])),
                 ]
                 writer.write_table(pa.table(columns, schema=pa.schema(fields)))
         written.append({"file": str(path), "table": entry.table, "rows": entry.size[0], "columns": entry.size[1]})
@@ -291,4 +295,4 @@ def _pieces(first: Chain, second: Chain, name: str, entry: Entry) -> Iterator[tu
         yield 0, first.read(name).view(1), second.read(name).view(1)
         return
     for start, end in _steps(entry):
-        yield start, first.read(name, rows=(start, end)), second.read(name, rows=(start, end))
+        yield start, *(scaled.values(chain, name, rows=(start, end)) for chain in (first, second))
