@@ -182,7 +182,7 @@ def _random_bits(builder, key, n):
 
 def _store_scaled(builder, place, scale_place, value, n, share=None):
     """kernels.int8.quantise of one row; share: what is added before the fraction is cut off, else to nearest."""
-    ints, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
+    ints = ir.VectorType(I32, n)
     sizes = builder.bitcast(_call(builder, "fabs", value), ints)  # as integers in the same order; NaN above infinity
     signature = ir.FunctionType(I32, [ints])
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.vector.reduce.umax.v{n}i32")
