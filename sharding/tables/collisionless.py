@@ -71,8 +71,8 @@ def lower(table: Table) -> Lowered:
         )
     if table.row_type == "int8":
         raise UserError(
-            f"table {table.name!r}, kind 'collisionless': row_type = \"int8\" cannot be: its rows are given to ids without "
-            f'the scale that a row of int8 has; use row_type = "bf16", "fp16" or "fp32"'
+            f"table {table.name!r}, kind 'collisionless': row_type = \"int8\" cannot be: rows given to ids have no "
+            f'scale of their own; use row_type = "bf16", "fp16" or "fp32"'
         )
     limit = _limit(table, options)
     bound = math.sqrt(1.0 / limit) if table.init_bound is None else table.init_bound
