@@ -56,7 +56,7 @@ def comparison(found: dict[str, Any]) -> Table:
     """Kinds and budgets of compare.json, the largest budget first."""
     grid = Table(title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("kind", "budget", "bytes", "AUC", "spread", "log loss", "samples/s", "look-up ms"):
-        grid.add_column(heading, justify="left" if heading == "kind" else "right")
+        grid.add_column(heading, justify="left" if heading == "kind" else "right", overflow="fold")
     for entry in sorted(found["summary"], key=lambda e: (-e["budget"], -e["auc"])):
         grid.add_row(
             entry["kind"],

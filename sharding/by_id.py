@@ -38,6 +38,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from kernels.errors import UserError
 from kernels.id_map import IdMap, owner_of
 from kernels.id_maps.base import Counts, Policy
+from kernels.int8 import quantise
 from sharding.compute_kernel import FusedEmbeddingBag, KernelCollection, KernelLookup, KernelSharder
 from sharding.embeddings import ByIdCollection
 from sharding.initial_weights import default_row, fresh_rows
@@ -169,18 +170,20 @@ class ByIdBag(FusedEmbeddingBag):
     def __init__(self, config: GroupedEmbeddingConfig, pg: Any, *, about: dict[str, Any], **kernel: Any) -> None:
         super().__init__(config, pg, **kernel)
         states = self._emb_module.split_optimizer_states() or [[]] * len(config.embedding_tables)
+        scales = self.bags.state.scale_views or [None] * len(config.embedding_tables)
         self.rows = [
             GivenRows(
                 about["tables"][one.name],
                 about["by_id"][one.name],
                 weights_ED=weights_ED,
+                scales_E=scales_E,
                 states=of_table,
                 seed=about["seed"],
                 rank=about["rank"],
                 ranks=about["ranks"],
             )
-            for one, weights_ED, of_table in zip(
-                config.embedding_tables, self._emb_module.split_embedding_weights(), states, strict=True
+            for one, weights_ED, scales_E, of_table in zip(
+                config.embedding_tables, self._emb_module.split_embedding_weights(), scales, states, strict=True
             )
         ]
         self._shares_default = about["ranks"] > 1
@@ -228,7 +231,7 @@ class ByIdBag(FusedEmbeddingBag):
         before = nn.functional.pad(own_N.cumsum(0), (1, 0))
         own_weights_N = weights_N[own_N] if self.bags.spec.weighted else None
         emb_BX = self.bags(rows_N[own_N], before[offsets], own_weights_N)
-        self._defaults = [given.weights_ED[0].float().clone().requires_grad_() for given in self.rows]
+        self._defaults = [self.bags.state.read(t, slice(1))[0].requires_grad_() for t in range(len(self.rows))]
         ends = features.offset_per_key()
         per_table = [(fs[0], fs[-1] + 1) for fs in self.bags.spec.features_of]
         self._defaulted_T = torch.stack([(~own_N[ends[a] : ends[b]]).sum() for a, b in per_table]).float()
@@ -266,7 +269,8 @@ class ByIdBag(FusedEmbeddingBag):
 class GivenRows:
     """The rows of one table on this rank: their id map, when they expire, and what they begin with.
 
-    map: the IdMap.  weights_ED, states: views of what the kernel holds; row 0 is the default row.
+    map: the IdMap.  weights_ED, scales_E, states: views of what the kernel holds; row 0 is the default row.  scales_E:
+    of rows of int8.
     rank, ranks: among those that share the table: 0 of 1 where one has all of it.
     """
 
@@ -277,12 +281,13 @@ class GivenRows:
         *,
         weights_ED: Tensor,
         states: list[Tensor],
+        scales_E: Tensor | None = None,
         seed: int,
         rank: int,
         ranks: int,
     ) -> None:
         self.table, self.by_id, self.seed, self.states = table, by_id, seed, states
-        self.weights_ED, self.rank, self.ranks = weights_ED.detach(), rank, ranks
+        self.weights_ED, self.scales_E, self.rank, self.ranks = weights_ED.detach(), scales_E, rank, ranks
         self.map = IdMap(by_id.policy, rank=rank, ranks=ranks, name=table.name)
         assert len(weights_ED) > self.map.limit
         self.age = Age(by_id)
@@ -291,7 +296,7 @@ class GivenRows:
     def start(self) -> None:
         """The default row's initial weights; the others are written when they are given."""
         self.weights_ED[0].zero_()
-        self.weights_ED[0, : self.table.dim] = default_row(self.table, seed=self.seed)
+        self._write(torch.zeros(1, dtype=torch.int64), default_row(self.table, seed=self.seed)[None])
 
     def admit(self, ids_N: Tensor) -> Any:
         """The rows of a training batch: see kernels.id_map.IdMap.admit."""
@@ -305,11 +310,15 @@ class GivenRows:
     def begin(self, ids_K: Tensor, rows_K: Tensor) -> None:
         """Rows as their ids find them: initial weights, states of zero."""
         if len(rows_K):
-            values_KD = fresh_rows(self.table, ids_K, seed=self.seed).to(self.weights_ED.dtype)
-            columns = self.table.dim
-            self.weights_ED[:, :columns].index_copy_(0, rows_K, values_KD)
+            self._write(rows_K, fresh_rows(self.table, ids_K, seed=self.seed))
             for state in self.states:
                 state.index_fill_(0, rows_K, 0.0)
+
+    def _write(self, rows_K: Tensor, values_KD: Tensor) -> None:
+        if self.scales_E is not None:
+            values_KD, scale_K = quantise(values_KD)
+            self.scales_E.index_copy_(0, rows_K, scale_K)
+        self.weights_ED[:, : self.table.dim].index_copy_(0, rows_K, values_KD.to(self.weights_ED.dtype))
 
 
 class Age:

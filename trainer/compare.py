@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kernels import registry
 from kernels.errors import UserError
-from sharding.tables.base import Table
+from sharding.tables.base import ROW_TYPES, Table
 from trainer import config as configs
 from trainer import report
 from trainer.charts import Rule, Series, line_chart
@@ -35,6 +35,7 @@ from trainer.data.parquet import open_dataset
 from trainer.tables import resolve, settle
 
 LATENCY_BATCHES = 30
+ROW_TYPE = "row_type"  # of --kinds, beside the options of a kind
 WARM_UP = 5  # steps and look-ups left out of times
 
 
@@ -81,7 +82,10 @@ def plan_cells(
         module = registry.load("sharding.tables", kind)
         if not hasattr(module, "fit"):
             raise UserError(f"--kinds {text!r}: {kind} has no fit(tables, budget), which finds its sizes for a budget")
-        tables = [replace(table, kind=kind, options=options) for table in base]
+        row_type = {"row_type": options.pop(ROW_TYPE)} if ROW_TYPE in options else {}
+        if row_type and row_type[ROW_TYPE] not in ROW_TYPES:
+            raise UserError(f"--kinds {text!r}: row_type can be {', '.join(ROW_TYPES)}")
+        tables = [replace(table, kind=kind, options=options, **row_type) for table in base]
         fitting = 0
         for budget in budgets:
             try:
@@ -103,6 +107,7 @@ def _cell(config: Config, dataset: Dataset, kind: str, budget: float, seed: int,
             match=table.features,
             kind=table.kind,
             options=table.options,
+            row_type=table.row_type,
             table=table.name if len(table.features) > 1 else None,
         )
         for table in settle(tables)

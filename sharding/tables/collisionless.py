@@ -69,11 +69,6 @@ def lower(table: Table) -> Lowered:
             f"table {table.name!r}, kind 'collisionless': sharding = {table.sharding!r} cannot be: "
             f'{REFUSED[table.sharding]}; use "row_wise" (ids by hash over all ranks), "table_wise" or "auto"'
         )
-    if table.row_type == "int8":
-        raise UserError(
-            f"table {table.name!r}, kind 'collisionless': row_type = \"int8\" cannot be: rows given to ids have no "
-            f'scale of their own; use row_type = "bf16", "fp16" or "fp32"'
-        )
     limit = _limit(table, options)
     bound = math.sqrt(1.0 / limit) if table.init_bound is None else table.init_bound
     physical = replace(

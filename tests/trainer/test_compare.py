@@ -1,12 +1,25 @@
 """Table kinds beside each other: cells, budgets, resuming, and the page."""
 
 import json
+import tomllib
 
 import pytest
+from torch import nn
 
 from kernels.errors import UserError
+from sharding.compute_kernel import kernels_of
+from sharding.embeddings import build_embeddings
+from sharding.parallelize import parallelize
+from sharding.plan import make_plan
+from tests.models import CPU
+from tests.ranks import run_ranks
 from tests.trainer.test_tables import DATASET, config
 from trainer import compare
+from trainer import config as configs
+from trainer.data.dataset import Categorical
+from trainer.models.base import init_dense
+from trainer.optim import sgd
+from trainer.tables import resolve
 
 FULL = 4 * 8 * (1000 + 900 + 52 + 24)
 
@@ -22,9 +35,58 @@ def test_every_cell_keeps_to_its_budget_and_has_a_name_of_its_own():
     assert "0.5" not in refused[0]["why"] and "standard" in refused[0]["why"]
 
 
+def test_a_row_type_is_asked_for_like_an_option():
+    asked = ["standard:row_type=int8", "unified:lookups=2:row_type=bf16"]
+    cells, refused = compare.plan_cells(config({"dim": 8}), DATASET, kinds=asked, budgets=[0.4], seeds=1)
+    assert not refused
+    assert [t["row_type"] for t in tomllib.loads(cells[0].config)["tables"]["override"]] == ["int8"] * 4
+    assert {t["row_type"] for t in tomllib.loads(cells[1].config)["tables"]["override"]} == {"bf16"}
+
+
+BIG = DATASET.model_copy(
+    update={"categorical": tuple(Categorical(name=f"f{i}", cardinality=3000 + i) for i in range(3))}
+)
+ASKED = ["hashed", "compositional", "unified:lookups=2", "collisionless", "hashed:row_type=int8", "mixed_dim"]
+
+
+def held(asked, budgets):
+    """(kind, budget, bytes that the memory of its tables has) of every cell that can be."""
+    base = config({"dim": 8})
+    cells, refused = compare.plan_cells(base, BIG, kinds=asked, budgets=budgets, seeds=1)
+    found = []
+    for cell in cells:
+        resolved = resolve(configs.validate(configs.Config, tomllib.loads(cell.config), where=cell.kind), BIG)
+        task = nn.Module()
+        task.embeddings = build_embeddings(tables=resolved.tables, features=resolved.features)
+        plan = make_plan(task, world_size=1, local_world_size=1, device=CPU, batch_size=4)
+        optim = sgd.table(sgd.Config(lr=1.0))
+        parallelize(task, plan, device=CPU, seed=1, init_dense=init_dense, kernel="cpu", optimizer=optim)
+        kernels = {id(kernel): kernel for kernel in kernels_of(task)}
+        if task.embeddings.ebc_by_id is not None:
+            kernels |= {id(kernel): kernel for kernel in task.embeddings.ebc_by_id.kernels}
+        size = sum(kernel.bags.state.bytes() for kernel in kernels.values())
+        size += sum(p.numel() * p.element_size() for p in task.embeddings.combine.parameters())
+        found.append((cell.kind, cell.budget, size))
+    return found, [(r["kind"], r["budget"]) for r in refused]
+
+
+def test_the_memory_that_tables_have_is_at_most_a_twentieth_above_the_budget():
+    budgets = [0.5, 0.25]
+    ((found, refused),) = run_ranks(held, 1, ASKED, budgets)
+    assert len(found) + len(refused) == len(ASKED) * len(budgets) and len(refused) <= 1, refused
+    full = 4 * 8 * sum(c.cardinality for c in BIG.categorical)
+    shares = {(kind, budget): size / (budget * full) for kind, budget, size in found}
+    assert all(0.9 < share <= 1.05 for share in shares.values()), shares
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("hasht", ["hasht", "hashed"]), ("unified:two", ["'two'", "option=value"]), ("hashed:seds=2", ["seds", "seeds"])],
+    [
+        ("standard:row_type=int4", ["int4", "int8"]),
+        ("hasht", ["hasht", "hashed"]),
+        ("unified:two", ["'two'", "option=value"]),
+        ("hashed:seds=2", ["seds", "seeds"]),
+    ],
 )
 def test_a_kind_that_cannot_be_read_is_named(kind, words):
     with pytest.raises(UserError) as error:

@@ -1,14 +1,15 @@
 """What a checkpoint holds of the tables whose rows are given to ids (sharding/by_id.py): id maps and the rows in use.
 
     tables/TABLE/parts:P0-P1/weight, STATE     (R, D) or (R,) rows 0 .. R-1 of the rank with the parts P0 .. P1-1 of ids
+    tables/TABLE/parts:P0-P1/scale             (R,) of rows of int8
     tables/TABLE/parts:P0-P1/id, clock, uses   (R,) int64: whose a row is, when it was last seen, and how often
     tables/TABLE/parts:P0-P1/free              -1, then the free rows in the order in which they are given, last first
     tables/TABLE/parts:P0-P1/filter, counted   the counting filter, where ids wait for admission
     tables/TABLE/parts:P0-P1/about, counts, age
 
-R is the highest row ever given there and one more, so what was never used is not written.  A delta has of the first two
-lines the rows that were touched, tables/TABLE/parts:P0-P1/delta:0-0:R/WHAT, and all of the others.  Free rows may
-hold anything.
+R is the highest row ever given there and one more, so what was never used is not written.  A delta has of the first
+three lines the rows that were touched, tables/TABLE/parts:P0-P1/delta:0-0:R/WHAT, and all of the others.  Free rows
+may hold anything.
 
 The same ranks go on from this exactly, row for row; another number of ranks gives the ids new rows (kernels.id_map's
 `reshard`), so that every id keeps its vector, its states, its age and its count.
@@ -28,13 +29,13 @@ from kernels.id_maps.base import COUNTERS
 from sharding.by_id import ByIdBag, GivenRows
 from sharding.compute_kernel import STATE_NAMES
 from sharding.plan import embeddings_of
+from sharding.table_state import SCALE, WEIGHT
 from sharding.touched import Key
 from trainer.checkpoint.chain import LAZY_BYTES, Chain
 from trainer.checkpoint.storage import Part, whole
 
 PARTS_OF = "/parts:"
-WEIGHT = "weight"
-NOT_STATES = ("id", "clock", "uses", "free", "filter", "counted", "about", "counts", "age")
+NOT_STATES = (SCALE, "id", "clock", "uses", "free", "filter", "counted", "about", "counts", "age")
 OF_ROWS = {"id": "ids_K", "clock": "clocks_K", "uses": "uses_K"}  # as kernels.id_map names them
 
 
@@ -144,7 +145,8 @@ def _prefix(given: GivenRows) -> str:
 def _rows(kernel: ByIdBag, given: GivenRows) -> dict[str, Tensor]:
     """Views of the weights and the states, as they are named everywhere."""
     names = STATE_NAMES[kernel.bags.spec.optimizer.kind]
-    return {WEIGHT: given.weights_ED} | dict(zip(names, given.states, strict=True))
+    scales = {} if given.scales_E is None else {SCALE: given.scales_E}
+    return {WEIGHT: given.weights_ED} | scales | dict(zip(names, given.states, strict=True))
 
 
 def _read_rows(chain: Chain, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -159,7 +161,7 @@ def _read_rows(chain: Chain, name: str) -> Iterator[tuple[int, Tensor]]:
 
 def _wanted(kernel: ByIdBag, given: GivenRows, *, with_states: bool) -> dict[str, Tensor]:
     tensors = _rows(kernel, given)
-    return tensors if with_states else {WEIGHT: tensors[WEIGHT]}
+    return tensors if with_states else {what: tensors[what] for what in (WEIGHT, SCALE) if what in tensors}
 
 
 def _load_same(kernel: ByIdBag, given: GivenRows, chain: Chain, *, with_states: bool) -> None:

@@ -23,9 +23,11 @@ from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.storage import Part
 
 
-def scales_in(chain: Chain, table: str) -> list[tuple[str, int, int]]:
-    """(name, first column, end) of the scales of a table; none for tables of other dtypes."""
-    prefix = f"tables/{table}/{SCALE}:"
+def scales_in(chain: Chain, base: str) -> list[tuple[str, int, int]]:
+    """(name, first column, end) of the scales of BASE/weight; none for tables of other dtypes."""
+    if f"{base}/{SCALE}" in chain.tensors:  # rows given to ids are whole
+        return [(f"{base}/{SCALE}", 0, chain.tensors[f"{base}/{WEIGHT}"].size[1])]
+    prefix = f"{base}/{SCALE}:"
     found = [name for name in chain.tensors if name.startswith(prefix)]
     return [(name, *map(int, name.removeprefix(prefix).split("-"))) for name in found]
 
@@ -38,10 +40,8 @@ def values(chain: Chain, name: str, *, rows: tuple[int, int] | None = None) -> T
     stored = chain.read(name, rows=rows)
     if stored.dtype != torch.int8 or not name.endswith(f"/{WEIGHT}"):
         return stored
-    table = chain.tensors[name].table
-    assert table is not None
     found_ED = torch.empty(stored.shape)
-    for scale, first, end in scales_in(chain, table):
+    for scale, first, end in scales_in(chain, name.removesuffix(f"/{WEIGHT}")):
         found_ED[:, first:end] = dequantise(stored[:, first:end], chain.read(scale, rows=rows))
     return found_ED
 
@@ -60,7 +60,7 @@ def fit(parts: Sequence[Part], chain: Chain) -> tuple[list[Part], Callable[[], N
             continue
         first, end = map(int, part.name.rpartition(":")[2].split("-"))
         sources = []
-        for name, a, b in scales_in(chain, part.table):
+        for name, a, b in scales_in(chain, f"tables/{part.table}"):
             if max(first, a) >= min(end, b):
                 continue
             if (name, part.offset) not in read:

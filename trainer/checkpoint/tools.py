@@ -154,6 +154,10 @@ def _bases(chain: Chain, table: str) -> list[str]:
 
 def _row_of_id(chain: Chain, table: str, id: int) -> dict[str, Any]:
     """The row of an id, or the default row, with what the id map knows of it; "row" is the id."""
+
+    def read(name: str, row: int) -> Any:
+        return scaled.values(chain, name, rows=(row, row + 1))[0].tolist()
+
     bases = by_id.stored(chain, table)
     for base in bases:
         live_K = by_id.live_rows(chain, base)
@@ -161,8 +165,8 @@ def _row_of_id(chain: Chain, table: str, id: int) -> dict[str, Any]:
         if len(found):
             names = [*_states(chain, base), f"{base}/weight", f"{base}/clock", f"{base}/uses"]
             row = int(found[0])
-            return {"row": id, **{n.rpartition("/")[2]: chain.read(n, rows=(row, row + 1))[0].tolist() for n in names}}
-    return {"row": id, "default": chain.read(f"{bases[0]}/weight", rows=(0, 1))[0].tolist()}
+            return {"row": id, **{n.rpartition("/")[2]: read(n, row) for n in names}}
+    return {"row": id, "default": read(f"{bases[0]}/weight", 0)}
 
 
 def _states(chain: Chain, base: str) -> list[str]:
@@ -173,7 +177,7 @@ def _states(chain: Chain, base: str) -> list[str]:
 def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, Any]:
     name = f"{base}/weight"
     entry = entries[name]
-    scales = [scale for scale, *_ in scaled.scales_in(chain, entry.table)]
+    scales = [scale for scale, *_ in scaled.scales_in(chain, base)]
     states = [n for n in _states(chain, base) if n not in scales]
     total, least, most, zero, idle = 0.0, math.inf, 0.0, 0, 0
     for first, end in _steps(entry):
