@@ -64,7 +64,7 @@ def main(job_file: str) -> int:
             return _leave_for_timeout(watch, run_dir, rank, message)
         _write_error(run_dir, rank, kind, message)
         return _leave(2 if kind == "user" else 1)
-    return _leave(code) if code else 0
+    return _leave(code)
 
 
 def _watch(job: dict[str, Any], run_dir: Path, rank: int) -> Watch:
@@ -217,7 +217,11 @@ def _close_report(run_dir: Path, *, error: dict[str, Any]) -> None:
 
 
 def _leave(code: int) -> int:
-    """End at once: a normal exit would wait for threads and collectives whose other side may be gone."""
+    """End at once: a normal exit would wait for threads and collectives whose other side may be gone.
+
+    And after success, too: Python ends a daemon thread that comes back from a call by unwinding its C++ stack, which
+    aborts the process. The thread that talks to the other hosts is in such a call for as long as a lost packet takes.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
