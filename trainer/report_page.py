@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainer.charts import Rule, Series, calibration_chart, line_chart
+from trainer.foretold import foretold
 
 SHARDING_COLOURS = {
     "data_parallel": 6,
@@ -37,7 +38,9 @@ def render(run_dir: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(count=count, size=size, percent=percent, figure=figure, moment=moment, bound=bound_text)
+    environment.filters.update(
+        count=count, size=size, percent=percent, figure=figure, moment=moment, bound=bound_text, ms=milliseconds
+    )
     return environment.get_template("report.html.j2").render(**view(run_dir))
 
 
@@ -61,6 +64,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "charts": _charts(train, evals, bayes, report),
         "phases": _phases(report),
         "ranks": _ranks(plan),
+        "foretold": foretold(plan, report),
         "planner": plan.get("planner"),
         "tables": _tables(plan),
         "id_maps": _dict(report, "id_maps"),

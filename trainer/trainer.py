@@ -33,6 +33,7 @@ from trainer.data.batch import Batch
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import Reader, open_dataset
 from trainer.evaluate import Stopping, evaluate, predict
+from trainer.foretold import table_bytes
 from trainer.metrics import BITS, WINDOW_BITS, Metrics, StepTimer, peak_memory_bytes
 from trainer.models.base import init_dense
 from trainer.optim.base import build_optimizer, table_update
@@ -307,7 +308,7 @@ def _train(
         "train": total.summary() | {"seconds": progress.train_seconds},
         "eval": {"split": final, **evaluated} if evaluated else None,
         "bayes": bayes.model_dump() if bayes else None,
-        "memory": _memory(world),
+        "memory": _memory(built),
         **_id_maps(built),
         "checkpoints": session.saver.totals.as_json(),
         "resumed": session.resumed,
@@ -522,10 +523,13 @@ def _id_maps(built: Built) -> dict[str, Any]:
     return {"id_maps": found} if found else {}
 
 
-def _memory(world: World) -> dict[str, Any]:
-    peaks: list[int] = [0] * world.size
-    dist.all_gather_object(peaks, peak_memory_bytes(world.device))
-    return {"peak_bytes": max(peaks), "per_rank": peaks}
+def _memory(built: Built) -> dict[str, Any]:
+    world = built.world
+    found: list[tuple[int, int]] = [(0, 0)] * world.size
+    mine = (peak_memory_bytes(world.device), table_bytes(built.model, built.optimizer))
+    dist.all_gather_object(found, mine)
+    peaks, tables = [list(each) for each in zip(*found, strict=True)]
+    return {"peak_bytes": max(peaks), "per_rank": peaks, "tables_per_rank": tables}
 
 
 def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]:
