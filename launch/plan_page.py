@@ -17,7 +17,7 @@ import trainer
 from sharding.explain import BOUNDS
 from sharding.tables.base import SHARDING_TYPES
 from trainer.report import write_text
-from trainer.report_page import count, figure, milliseconds, percent, runs, size
+from trainer.words import count, figure, milliseconds, percent, runs, size
 
 MOST_COLUMNS = 256
 MOST_TABLES = 60  # rows of the map: those that take the most time

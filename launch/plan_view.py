@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharding.explain import BOUNDS
-from trainer.report_page import milliseconds, runs, size
+from trainer.words import milliseconds, runs, size
 
 MANY_RANKS = 16  # above it ranks are summed up: the fullest, the slowest, the mean
 MANY_TABLES = 40  # above it the tables that take the most time

@@ -1,6 +1,7 @@
 """What this rank holds of every physical table: weights and optimizer state, named alike for every plan and kernel.
 
     held_parts(task) -> list[Held]          of the tables that are updated in the backward
+    held_bytes(task) -> int                 of all of them
     set_updates(task, count)                how many updates the kernels count from (Adam's bias correction)
 
 A part is a box of rows and columns.  Weights and states of one number per element are (rows, columns); a state of one
@@ -66,11 +67,8 @@ def held_parts(task: nn.Module) -> list[Held]:
             continue
         if isinstance(kernel, BatchedFusedEmbeddingBag) and kernel.emb_module.current_device.type == "cuda":
             kernel.emb_module.flush()  # rows that FBGEMM caches on the GPU
-        weights = kernel.emb_module.split_embedding_weights()
-        states: list[dict[str, Tensor]] = kernel.emb_module.get_optimizer_state() or [{}] * len(weights)
-        scales = scales_of(kernel) or [None] * len(weights)
-        for (name, row, rows, column, columns), weight, scale, state in zip(
-            tables_of(kernel), weights, scales, states, strict=True
+        for (name, row, rows, column, columns), (weight, scale, state) in zip(
+            tables_of(kernel), _tensors(kernel), strict=True
         ):
             shared: dict[str, Any] = {"table": name, "row": row, "column": column, "columns": columns}
             found.append(Held(what=WEIGHT, tensor=weight.detach(), **shared))
@@ -81,6 +79,20 @@ def held_parts(task: nn.Module) -> list[Held]:
                 assert flat.shape[0] == rows, f"{name}: {what} is {tuple(flat.shape)}"
                 found.append(Held(what=what, tensor=flat.view(-1) if flat.numel() == rows else flat, **shared))
     return found
+
+
+def held_bytes(task: nn.Module) -> int:
+    """Also of the tables whose rows are given to ids; their id maps come on top."""
+    parts = [part for kernel in fused_kernels(task) for part in _tensors(kernel)]
+    held = [t for weight, scale, state in parts for t in (weight, scale, *state.values()) if t is not None]
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+def _tensors(kernel: Fused) -> list[tuple[Tensor, Tensor | None, dict[str, Tensor]]]:
+    """Weight, scale and states of each table part of a kernel."""
+    weights = kernel.emb_module.split_embedding_weights()
+    states: list[dict[str, Tensor]] = kernel.emb_module.get_optimizer_state() or [{}] * len(weights)
+    return list(zip(weights, scales_of(kernel) or [None] * len(weights), states, strict=True))
 
 
 def set_updates(task: nn.Module, count: int) -> None:

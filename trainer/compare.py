@@ -319,7 +319,7 @@ def write(folder: Path, found: dict[str, Any]) -> Path:
 
 
 def render(found: dict[str, Any]) -> str:
-    from trainer.report_page import count, figure, size
+    from trainer.words import count, figure, size
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -1,50 +1,53 @@
 """What the planner foretold beside what a run measured.
 
-table_bytes(model, optimizer) -> int       bytes of table rows and their optimizer state that this rank holds
-foretold(plan, report) -> [row, ...]       for the report; plan: plan.json, report: report.json
+measured(model, optimizer, world) -> dict      bytes of every rank, as report.json's "memory" has them
+foretold(plan, report) -> [row, ...]           report.json's "foretold"; plan: what plan.json says
 """
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+import torch.distributed as dist
+from torch import nn
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from sharding.table_state import held_parts
+from sharding.table_state import held_bytes
+from trainer.metrics import peak_memory_bytes
 from trainer.optim.base import TABLES
+from trainer.world import World
+
+
+def measured(model: nn.Module, optimizer: Any, world: World) -> dict[str, Any]:
+    """Called by all ranks.  tables_per_rank: rows of tables and their optimizer state, without id maps."""
+    found: list[tuple[int, int]] = [(0, 0)] * world.size
+    dist.all_gather_object(found, (peak_memory_bytes(world.device), table_bytes(model, optimizer)))
+    peaks, tables = [list(each) for each in zip(*found, strict=True)]
+    return {"peak_bytes": max(peaks), "per_rank": peaks, "tables_per_rank": tables}
 
 
 def table_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Of tables updated in the backward and of data_parallel ones; each tensor once."""
-    found: dict[int, int] = {}
-
-    def add(tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and not isinstance(tensor, ShardedTensor) and tensor.numel() > 1:
-            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-
-    for part in held_parts(model.module):
-        add(part.tensor)
+    """Of the tables that are updated in the backward, and of the data_parallel ones."""
+    total = held_bytes(model.module)
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         if name.startswith(TABLES):
-            add(parameter.detach())
-            for state in optimizer.state.get(parameter, {}).values():
-                add(state)
-    return sum(found.values())
+            states = [s for s in optimizer.state.get(parameter, {}).values() if getattr(s, "ndim", 0)]  # not a counter
+            total += sum(t.numel() * t.element_size() for t in (parameter, *states))
+    return total
 
 
 def foretold(plan: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
-    """name, predicted, measured, unit ("ms" or "bytes"), ratio (predicted / measured); of what both sides know."""
-    predicted, memory = plan.get("predicted") or {}, report.get("memory") or {}
-    step = ((report.get("train") or {}).get("step_ms") or {}).get("p50")
-    tables, held = predicted.get("table_and_state_bytes"), memory.get("tables_per_rank")
-    peaks, peak = predicted.get("rank_bytes"), memory.get("peak_bytes")
+    """name, unit ("ms" or "bytes"), predicted, measured, ratio (predicted / measured); of what both sides know.
+
+    A plan that was read from a file says nothing of steps and peaks.
+    """
+    predicted, memory = plan.get("predicted", {}), report["memory"]
+    tables = [rank["table_bytes"] + rank["optimizer_bytes"] for rank in plan["ranks"]]
     pairs = [
-        ("step, median", "ms", predicted.get("step_ms"), step),
-        ("tables and their optimizer state, fullest rank", "bytes", tables and max(tables), held and max(held)),
-        ("all memory, fullest rank", "bytes", peaks and max(peaks), peak),
+        ("step, median", "ms", predicted.get("step_ms"), report["train"]["step_ms"]["p50"]),
+        ("tables and their optimizer state, fullest rank", "bytes", max(tables), max(memory["tables_per_rank"])),
+        ("all memory, fullest rank", "bytes", max(predicted.get("rank_bytes", [0])), memory["peak_bytes"]),
     ]
     return [
         {"name": name, "unit": unit, "predicted": first, "measured": second, "ratio": first / second}
         for name, unit, first, second in pairs
-        if first is not None and second
+        if first and second
     ]

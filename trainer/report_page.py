@@ -5,9 +5,7 @@ data is left out. Numbers become words here, layout is the template's.
 """
 
 import json
-import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainer.charts import Rule, Series, calibration_chart, line_chart
-from trainer.foretold import foretold
+from trainer.words import bound_text, count, duration, figure, milliseconds, moment, percent, runs, size
 
 SHARDING_COLOURS = {
     "data_parallel": 6,
@@ -64,7 +62,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "charts": _charts(train, evals, bayes, report),
         "phases": _phases(report),
         "ranks": _ranks(plan),
-        "foretold": foretold(plan, report),
+        "foretold": report.get("foretold") or [],
         "planner": plan.get("planner"),
         "tables": _tables(plan),
         "id_maps": _dict(report, "id_maps"),
@@ -85,60 +83,6 @@ def view(run_dir: Path) -> dict[str, Any]:
         "hardware": _hardware(report),
         "identity": [(k, report[k]) for k in ("config_sha256", "data_fingerprint") if report.get(k)],
     }
-
-
-def count(value: float | None) -> str:
-    """1234567 -> 1,234,567."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in the unit that fits: 1.5 MiB."""
-    if value is None:
-        return "–"
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    unit = units[0]
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-
-
-def percent(share: float | None) -> str:
-    if share is None:
-        return "–"
-    return f"{100 * share:.1f}%" if share >= 0.001 or share == 0 else "<0.1%"
-
-
-def figure(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def bound_text(value: float) -> str:
-    """A bound in two figures, rounded up so that it stays one: 1.74e-5 -> 0.000018."""
-    if value <= 0:
-        return "0"
-    digits = 1 - math.floor(math.log10(value))
-    return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{max(digits, 0)}f}"
-
-
-def moment(unix: float | None) -> str:
-    return "–" if unix is None else datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def milliseconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 1000 else f"{value / 1000:.2f} s"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 @dataclass(frozen=True)
@@ -231,10 +175,7 @@ def _tiles(report: dict, start: dict, plan: dict, bayes: dict) -> list[dict[str,
         tile("samples per second", count(rate), f"{count(report.get('samples_seen'))} samples")
     if step_ms.get("p50") is not None:
         tail = f"p90 {milliseconds(step_ms.get('p90'))}, p99 {milliseconds(step_ms.get('p99'))}"
-        foretold = _dict(plan, "predicted").get("step_ms")
         tile("median step", milliseconds(step_ms["p50"]), tail)
-        if foretold is not None:
-            tile("step as planned", milliseconds(foretold), f"predicted ÷ measured {foretold / step_ms['p50']:.2f}")
     peak = _dict(report, "memory").get("peak_bytes")
     if peak is not None:
         tile("peak memory of a rank", size(peak), f"tables {size(_table_bytes(start, plan))} in all")
@@ -392,17 +333,6 @@ def _tables(plan: dict) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def runs(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0–2, 5"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def _shardings(plan: dict) -> list[tuple[str, int]]:

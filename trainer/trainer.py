@@ -33,7 +33,7 @@ from trainer.data.batch import Batch
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import Reader, open_dataset
 from trainer.evaluate import Stopping, evaluate, predict
-from trainer.foretold import table_bytes
+from trainer.foretold import foretold, measured
 from trainer.metrics import BITS, WINDOW_BITS, Metrics, StepTimer, peak_memory_bytes
 from trainer.models.base import init_dense
 from trainer.optim.base import build_optimizer, table_update
@@ -308,12 +308,13 @@ def _train(
         "train": total.summary() | {"seconds": progress.train_seconds},
         "eval": {"split": final, **evaluated} if evaluated else None,
         "bayes": bayes.model_dump() if bayes else None,
-        "memory": _memory(built),
+        "memory": measured(built.model, built.optimizer, world),
         **_id_maps(built),
         "checkpoints": session.saver.totals.as_json(),
         "resumed": session.resumed,
         "restarts": restarts.read(run_dir),
     }
+    result["foretold"] = foretold(built.plan, result)
     log.event("end", status="finished", seconds=time.monotonic() - began)
     if world.is_first:
         report.write_json(run_dir, result)
@@ -521,15 +522,6 @@ def _id_maps(built: Built) -> dict[str, Any]:
     """What the id maps of the tables that have one have done so far; nothing where there are none."""
     found = by_id.figures(built.model.module.embeddings)
     return {"id_maps": found} if found else {}
-
-
-def _memory(built: Built) -> dict[str, Any]:
-    world = built.world
-    found: list[tuple[int, int]] = [(0, 0)] * world.size
-    mine = (peak_memory_bytes(world.device), table_bytes(built.model, built.optimizer))
-    dist.all_gather_object(found, mine)
-    peaks, tables = [list(each) for each in zip(*found, strict=True)]
-    return {"peak_bytes": max(peaks), "per_rank": peaks, "tables_per_rank": tables}
 
 
 def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]:

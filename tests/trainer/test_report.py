@@ -14,9 +14,21 @@ from kernels.errors import UserError
 from tests.trainer import fake_runs
 from trainer import report
 from trainer.charts import MAX_POINTS, Rule, Series, calibration_chart, line_chart, ticks
-from trainer.report_page import bound_text, duration, percent, size, view
+from trainer.report_page import view
+from trainer.words import bound_text, duration, percent, size
 
-SECTIONS = ("learning", "time", "quality", "placement", "data", "messages", "checkpoints", "config", "environment")
+SECTIONS = (
+    "learning",
+    "time",
+    "quality",
+    "foretold",
+    "placement",
+    "data",
+    "messages",
+    "checkpoints",
+    "config",
+    "environment",
+)
 
 
 def page_of(run_dir) -> str:
@@ -79,6 +91,7 @@ def test_a_finished_run_shows_everything(tmp_path):
     for shown in (
         "Test AUC 0.7914, 0.0042 below the best possible 0.7956 — it learned",
         "exact to ±0.000017", "80,863", "50.1 ms", "p99 71.3 ms", "best possible 0.7956", "row wise", "C26", "I13",
+        "step, median", "42.7 ms", "0.85",
         "37 ids of table C3", "checkpoints/step_147", "fbgemm", "2.13.0", "Example CPU", "600,000 rows",
     ):  # fmt: skip
         assert shown in text, shown

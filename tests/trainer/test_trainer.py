@@ -115,6 +115,11 @@ def test_the_run_folder(trained):
     plan = json.loads((run_dir / "plan.json").read_text())
     assert {t["name"] for t in plan["tables"]} == {"c0", "c1", "c2", "tags"}
     assert next(t for t in plan["tables"] if t["name"] == "c2")["sharding"] == "row_wise"
+    assert report["memory"]["tables_per_rank"] == pytest.approx(plan["predicted"]["table_and_state_bytes"], rel=0.05)
+    step, tables, peak = report["foretold"]
+    assert step["measured"] == report["train"]["step_ms"]["p50"] and step["predicted"] == plan["predicted"]["step_ms"]
+    assert tables["measured"] == max(report["memory"]["tables_per_rank"]) and 0.95 < tables["ratio"] < 1.05
+    assert peak["measured"] == report["memory"]["peak_bytes"]
 
 
 def test_the_events(trained):
