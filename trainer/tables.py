@@ -69,6 +69,13 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
             policy[feature.name] = options["id_policy"]
     settled = settle(tables)
     any_id = frozenset(feature for table in settled if _takes_any_id(table) for feature in table.features)
+    for feature in dataset.categorical:
+        if feature.ids == "hash64" and feature.name not in any_id and policy[feature.name] == "error":
+            raise UserError(
+                f"feature {feature.name!r}: its ids have 64 bits (it was prepared with ids = 'hash64'), and its table "
+                f'has {rows[feature.name]:,} rows; give it kind = "collisionless", or fold its ids into the table '
+                'with id_policy = "hash"'
+            )
     return ResolvedTables(tables=settled, features=features, rows=rows, policy=policy, any_id=any_id)
 
 

@@ -61,10 +61,7 @@ def held(asked, budgets):
         plan = make_plan(task, world_size=1, local_world_size=1, device=CPU, batch_size=4)
         optim = sgd.table(sgd.Config(lr=1.0))
         parallelize(task, plan, device=CPU, seed=1, init_dense=init_dense, kernel="cpu", optimizer=optim)
-        kernels = {id(kernel): kernel for kernel in kernels_of(task)}
-        if task.embeddings.ebc_by_id is not None:
-            kernels |= {id(kernel): kernel for kernel in task.embeddings.ebc_by_id.kernels}
-        size = sum(kernel.bags.state.bytes() for kernel in kernels.values())
+        size = sum(kernel.bags.state.bytes() for kernel in kernels_of(task))
         size += sum(p.numel() * p.element_size() for p in task.embeddings.combine.parameters())
         found.append((cell.kind, cell.budget, size))
     return found, [(r["kind"], r["budget"]) for r in refused]

@@ -182,6 +182,25 @@ def test_tables_beyond_int32(tmp_path):
     assert batch.ids["b"].values().tolist() == [n + 1 for n in batch.row_B.tolist()]
 
 
+def test_ids_of_any_64_bits_beside_rows_without_one(tmp_path):
+    """Negative ids are ids, also in a feature with nulls and in the last, padded batch."""
+    ids = [None, -1, -(2**63) + 1, 2**63 - 1, None, 0, -7]
+    columns = {"y": [0.0] * 7, "a": pa.array(ids, pa.int64()), "b": pa.array([3, None, 1, 0, None, 2, 2], pa.int32())}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    dataset = dataset_from_folder(tmp_path, Features(labels=("y",), categorical={"a": 10, "b": 4}))
+    options = {"batch_size": 5, "streams": 1, "shuffle": False, "rows_by_feature": {"a": 1 << 64}}
+    batches = all_batches(reader(tmp_path, dataset, **options))
+    found = [[bag.tolist() for bag in batch.ids[key].to_dense()] for key in "ab" for batch in batches]
+    bags = [[[] if i is None else [i] for i in (*columns[key].to_pylist(), *[None] * 3)] for key in "ab"]
+    assert found == [part for of_key in bags for part in (of_key[:5], of_key[5:])]
+    columns["a"] = pa.array([-(2**63), *ids[1:]], pa.int64())
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="feature 'a' has the id -9223372036854775808.*stands for none"):
+        all_batches(
+            reader(tmp_path, dataset_from_folder(tmp_path, Features(labels=("y",), categorical={"a": 10})), **options)
+        )
+
+
 def with_ids(tmp_path, ids: list, kind: pa.DataType, policy: str, rows: int = 10) -> list[list[int]]:
     pq.write_table(pa.table({"y": [0.0] * len(ids), "a": pa.array(ids, kind)}), tmp_path / "x.parquet")
     features = Features(labels=("y",), categorical={"a": 10})

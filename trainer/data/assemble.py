@@ -78,7 +78,7 @@ class Frame:
         self._holes = [not covered] * len(self._id_GB)
         self._bags: list[BagRun] = []
         if not covered:
-            self._id_GB.fill(-1)
+            self._id_GB[:] = shape.none_G[:, None]
             self._row_B.fill(-1)
             for array in (self._dense_BK, self._labels_BT, self._weight_B):
                 array.fill(0)
@@ -125,11 +125,16 @@ class Frame:
         )
         length_FB = self._pool.array((len(shape.features), rows), np.int32)
         ids_F = np.empty(len(shape.features), np.uint64)
-        compiled.bag_lengths(column_F, multi_hot_F, self._id_GB, hole_G, at_S, rows_S, offset_SH, length_FB, ids_F)
+        none_G = shape.none_G
+        compiled.bag_lengths(
+            column_F, multi_hot_F, self._id_GB, hole_G, none_G, at_S, rows_S, offset_SH, length_FB, ids_F
+        )
         ids_per_key = ids_F.tolist()
         values_N = self._pool.array(sum(ids_per_key) + 1, np.int64)
         word = shape.id_dtype.type(0)
-        compiled.fill_bags(column_F, multi_hot_F, self._id_GB, hole_G, rows_S, offset_SH, value_SH, word, values_N)
+        compiled.fill_bags(
+            column_F, multi_hot_F, self._id_GB, hole_G, none_G, rows_S, offset_SH, value_SH, word, values_N
+        )
         lengths = torch.from_numpy(length_FB.reshape(-1))
         return _keyed(shape.features, values_N[:-1], lengths, ids_per_key, rows)
 

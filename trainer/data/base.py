@@ -31,6 +31,9 @@ class Bags:
         return Bags(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
+ANY_NONE = -(2**63)  # no id, among ids of any other 64 bits
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What the batches of a dataset hold.
@@ -41,6 +44,7 @@ class Shape:
     weighted: whether rows have weights; else each counts 1.
     wide: whether an id may exceed int32.
     small: for each feature, whether its ids are below 2**15, which makes them cheaper to move; default none.
+    any_id: for each feature, whether its ids are any 64 bits but `ANY_NONE`; default none.
     """
 
     features: tuple[str, ...]
@@ -50,6 +54,15 @@ class Shape:
     weighted: bool = False
     wide: bool = False
     small: tuple[bool, ...] = ()
+    any_id: tuple[bool, ...] = ()
+
+    @cached_property
+    def none_G(self) -> np.ndarray:
+        """int64: what stands for no id, of each feature with one id or none per row."""
+        any_id = self.any_id or (False,) * len(self.features)
+        return np.array(
+            [ANY_NONE if a else -1 for a, many in zip(any_id, self.multi_hot, strict=True) if not many], int
+        )
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -66,8 +79,10 @@ class Columns:
     """The decoded and checked rows of one row group.
 
     numbers: (n,) finite float32 each: the K dense inputs, the T labels, the weight if any.
-    ids: of every feature, each inside its table: (n,) of `Shape.id_dtype`, -1 where the bag is empty, or Bags.
-    holes: for each feature with one id or none per row (False for the others), whether there may be a -1.
+    ids: of every feature, each inside its table: (n,) of `Shape.id_dtype`, -1 (any ids: `ANY_NONE`) where the bag is
+        empty, or Bags.
+    holes: for each feature with one id or none per row (False for the others), whether there may be a
+        `Shape.none_G`.
 
     The arrays have no gaps and may be views of the decoder's memory.
     """

@@ -351,10 +351,11 @@ def take_bags(value_P, offset_P, rows_P, index_n, word, start_n, count_n, out_N,
 
 
 @_kernel
-def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, at_S, rows_S, offset_SH, length_FB, ids_F):
+def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, none_G, at_S, rows_S, offset_SH, length_FB, ids_F):
     """How many ids each bag of a batch holds, and each feature in all.
 
     column_F: a feature's place among those with one id or none per row, or among the multi-hot ones.
+    hole_G: whether there may be rows without an id; none_G: what stands there.
     at_S, rows_S: the runs of rows that multi-hot features are in; offset_SH: addresses of the offsets (int64) of their
         first bags.  Rows in none have empty bags.
     """
@@ -371,7 +372,7 @@ def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, at_S, rows_S, offset_SH, l
                 ids += u64(offset[rows] - offset[u64(0)])
         elif hole_G[column_F[f]]:
             for i in range(u64(length_FB.shape[1])):
-                there = id_GB[column_F[f], i] >= 0
+                there = id_GB[column_F[f], i] != none_G[column_F[f]]
                 length_FB[f, i] = there
                 ids += u64(there)
         else:
@@ -382,7 +383,7 @@ def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, at_S, rows_S, offset_SH, l
 
 
 @_kernel
-def fill_bags(column_F, multi_hot_F, id_GB, hole_G, rows_S, offset_SH, value_SH, word, out_N):
+def fill_bags(column_F, multi_hot_F, id_GB, hole_G, none_G, rows_S, offset_SH, value_SH, word, out_N):
     """The ids of a batch, feature by feature; the lengths come from `bag_lengths`.  out_N has one element to spare.
 
     value_SH: addresses of the values (words) that the offsets count.
@@ -403,7 +404,7 @@ def fill_bags(column_F, multi_hot_F, id_GB, hole_G, rows_S, offset_SH, value_SH,
         elif hole_G[column]:
             for i in range(u64(id_GB.shape[1])):
                 out_N[end] = id_GB[column, i]
-                end += u64(id_GB[column, i] >= 0)
+                end += u64(id_GB[column, i] != none_G[column])
         else:
             for i in range(u64(id_GB.shape[1])):
                 out_N[end + i] = id_GB[column, i]
@@ -421,8 +422,8 @@ def _signatures() -> dict[Callable, list[tuple]]:
         fill_rows: [(uss, us, us, index, uss, u, u, vector(f4), vector(i8))],
         bijection: [(index, u, u, index)],
         take_bags: [(us, us, us, index, word, us, vector(i8), vector(word), vector(i8)) for word in words],
-        bag_lengths: [(us, flags, matrix(i8), flags, us, us, uss, matrix(i4), us)],
-        fill_bags: [(us, flags, matrix(i8), flags, us, uss, uss, word, vector(i8)) for word in words],
+        bag_lengths: [(us, flags, matrix(i8), flags, vector(i8), us, us, uss, matrix(i4), us)],
+        fill_bags: [(us, flags, matrix(i8), flags, vector(i8), us, uss, uss, word, vector(i8)) for word in words],
     }
 
 

@@ -55,9 +55,9 @@ class Stats(Frozen):
 
 class Categorical(Frozen):
     name: str
-    cardinality: int  # ids are 0 .. cardinality-1
+    cardinality: int  # ids are 0 .. cardinality-1; of hash64 any 64 bits, and this is how many there are
     multi_hot: bool = False
-    ids: Literal["vocab", "hash", "as_is"] = "as_is"
+    ids: Literal["vocab", "hash", "hash64", "as_is"] = "as_is"
     stats: Stats | None = None
 
 

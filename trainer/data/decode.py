@@ -21,7 +21,7 @@ import pyarrow.types as pt
 from kernels.errors import UserError
 from kernels.registry import nearest
 from trainer.data import compiled
-from trainer.data.base import Bags, Columns
+from trainer.data.base import ANY_NONE, Bags, Columns
 from trainer.data.compiled import u64
 from trainer.data.order import MASK64, hash64
 
@@ -45,6 +45,11 @@ class Feature:
     table: str
     policy: IdPolicy = "error"
     multi_hot: bool | None = None
+
+    @property
+    def any_id(self) -> bool:
+        """Whether its ids are any 64 bits but `ANY_NONE`."""
+        return self.rows > 1 << 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,11 @@ def decode(table: pa.Table, spec: Spec, where: str) -> Columns:
     highest = _highest(
         columns.addresses[1][good], len(table), np.uint64(MASK64) if spec.wide else np.uint32(0xFFFFFFFF)
     )
-    inside = {f for f, most in zip(good.tolist(), highest.tolist(), strict=True) if most < spec.features[f].rows}
+    inside = {
+        f
+        for f, most in zip(good.tolist(), highest.tolist(), strict=True)
+        if most < spec.features[f].rows and not spec.features[f].any_id
+    }
     if len(inside) == len(arrays) and spec.labelled:
         return columns
     numbers = columns.numbers
@@ -217,7 +226,7 @@ def _ids(array: pa.Array, feature: Feature, where: str, dtype: np.dtype) -> np.n
             return _in_range(np.asarray(array), None, feature, where).astype(dtype, copy=False)
         missing = np.asarray(array.is_null())
         ids = _in_range(np.asarray(array.fill_null(0)), None, feature, where)
-        return np.where(missing, dtype.type(-1), ids.astype(dtype, copy=False))
+        return np.where(missing, dtype.type(ANY_NONE if feature.any_id else -1), ids.astype(dtype, copy=False))
     # A null list takes no room in what Parquet's reader returns, so a null is an empty bag without further ado.
     offsets, ids = np.asarray(array.offsets), array.values
     if ids.null_count:  # a missing id inside a bag is dropped
@@ -243,6 +252,13 @@ def _in_range(values: np.ndarray, offsets: np.ndarray | None, feature: Feature, 
         values = values.view(np.int64)  # those from 2**63 up turn negative, so they are still out of range
     elif values.dtype not in (np.int32, np.int64):
         values = values.astype(np.int64 if values.dtype == np.uint32 else np.int32)
+    if feature.any_id:
+        if len(values) and int(values.min()) == ANY_NONE:
+            raise UserError(
+                f"{where}: feature {feature.name!r} has the id {given[int(np.argmin(values))]}, the one of 2**64 that "
+                "stands for none; give another number for it"
+            )
+        return values
     # Seen as unsigned, a negative id is above every table: one pass finds both ends.
     if not len(values) or int(values.view(f"u{values.itemsize}").max()) < feature.rows:
         return values

@@ -172,6 +172,7 @@ class ParquetSource:
             weighted=spec.weight is not None,
             wide=spec.wide,
             small=tuple(f.rows <= 1 << 15 for f in spec.features),
+            any_id=tuple(f.any_id for f in spec.features),
         )
         # (file, row group in it) of every row group of the split
         self._places = [(f, g) for f, file in enumerate(self._files) for g in range(len(file.row_groups))]

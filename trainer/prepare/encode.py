@@ -38,6 +38,7 @@ class Fitted:
     vocabulary: dict[str, Vocabulary] = field(default_factory=dict)
     bounds: dict[str, np.ndarray] = field(default_factory=dict)  # of bucketised columns
     largest: dict[str, int] = field(default_factory=dict)  # largest as_is id, over all splits
+    distinct: dict[str, int] = field(default_factory=dict)  # hash64 ids of the train split, counted as it is written
     mean: dict[str, float] = field(default_factory=dict)
     std: dict[str, float] = field(default_factory=dict)
 
@@ -54,11 +55,18 @@ def is_empty_when_missing(role: Role, lists: set[str]) -> bool:
     """Whether a missing value is an empty bag, not the reserved id."""
     if role.how.missing is not None:
         return role.how.missing == "empty"
-    return (role.how.ids == "as_is" and not is_bucketised(role.how)) or is_multi_hot(role, lists)
+    return (role.how.ids in ("as_is", "hash64") and not is_bucketised(role.how)) or is_multi_hot(role, lists)
+
+
+def ids_below(role: Role, fitted: Fitted) -> int:
+    """What the type of the written ids must hold."""
+    return 2**63 if role.how.ids == "hash64" else cardinality(role, fitted)
 
 
 def cardinality(role: Role, fitted: Fitted) -> int:
     how = role.how
+    if how.ids == "hash64":
+        return max(1, fitted.distinct[role.name])
     if is_bucketised(how):
         return len(fitted.bounds[role.name]) + 2
     if how.ids == "vocab":
@@ -195,7 +203,8 @@ def encode_ids(bags: Bags, role: Role, fitted: Fitted, rows: Rows, *, empty: boo
         ids_L = hash_keys(bags.keys_L, rows=how.rows, seed=how.seed)
     else:
         ids_L = bags.keys_L.view(np.int64)
-        check_range(bags, role, rows)
+        if how.ids == "as_is":
+            check_range(bags, role, rows)
     if bags.offsets is None:
         if bags.present_N is not None:
             ids_L = np.where(bags.present_N, ids_L, 0)
@@ -227,7 +236,7 @@ def check_range(bags: Bags, role: Role, rows: Rows) -> None:
         rule, out = f"lie in 0..{role.how.rows - 1}", "raise rows in the spec, or "
     raise UserError(
         f"{rows.block.place(int(rows.row[row]))}: column {role.column!r}: id {int(ids_L[at])}: ids taken as they are "
-        f"{rule}; {out}use ids = 'vocab' or 'hash'"
+        f"{rule}; {out}use ids = 'vocab', 'hash' or 'hash64'"
     )
 
 

@@ -140,6 +140,8 @@ def load(folder: str | Path) -> tuple[Encoding, Fitted]:
                 fitted.vocabulary[feature.name] = Vocabulary.in_order(keys)
             elif feature.bounds is not None:
                 fitted.bounds[feature.name] = np.asarray(feature.bounds)
+            elif feature.how.ids == "hash64":
+                fitted.distinct[feature.name] = feature.cardinality
             elif feature.how.ids == "as_is":
                 fitted.largest[feature.name] = feature.cardinality - 1
         if encoding.fingerprint != dataset.encoding:

@@ -6,8 +6,8 @@
 
 Every pass reads and parses in `threads` threads and takes the blocks in order.  Memory: 2 * threads blocks (8 MiB of
 text, or 65,536 rows of Parquet, each about five times that while it is worked on), one row group of each split, 40
-bytes a distinct value of every vocabulary, 32 bytes a distinct id of every hashed or as_is feature, and 16 MiB for each
-set of quantiles.  It does not grow with the number of rows.
+bytes a distinct value of every vocabulary, 32 bytes a distinct id of every other feature but buckets, and 16 MiB for
+each set of quantiles.  It does not grow with the number of rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -348,7 +348,7 @@ class _Work:
 
     def write(self) -> tuple[dict[str, Split], pa.Schema]:
         empty = {r.name: encode.is_empty_when_missing(r, self.lists) for r in self.roles.categorical}
-        sizes = {r.name: encode.cardinality(r, self.fitted) for r in self.roles.categorical}
+        sizes = {r.name: encode.ids_below(r, self.fitted) for r in self.roles.categorical}
         weight, timestamp = self.roles.weight, self.roles.timestamp
         schema = make_schema(
             labels=tuple(r.name for r in self.roles.labels),
@@ -375,6 +375,9 @@ class _Work:
                     writers[name].add(table)
                 self._see(block)
             self._check_splits({name: writer.rows for name, writer in writers.items()})
+            for role in self.roles.categorical:
+                if role.how.ids == "hash64" and self._known is None:
+                    self.fitted.distinct[role.name] = len(self._ids[role.name].result()[0])
             return {name: writer.finish() for name, writer in writers.items()}, schema
         finally:
             for writer in writers.values():

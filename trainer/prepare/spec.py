@@ -56,7 +56,7 @@ class DenseColumns(Frozen):
 class CategoricalColumns(Frozen):
     columns: Names  # names or shell patterns
     name: str | None = None  # of the feature, where it is one column; default: the column
-    ids: Literal["vocab", "hash", "as_is"] = "vocab"
+    ids: Literal["vocab", "hash", "hash64", "as_is"] = "vocab"
     min_count: int = Field(default=1, ge=1)  # vocab: rarer values fall to the reserved id 0
     rows: int | None = Field(
         default=None, ge=2
@@ -66,7 +66,7 @@ class CategoricalColumns(Frozen):
     separator: str | None = Field(default=None, min_length=1)  # text: several ids in one field
     buckets: tuple[float, ...] | None = None  # numbers -> 1 + how many of these bounds are <= x
     quantiles: int | None = Field(default=None, ge=2, le=65536)  # as buckets, bounds fitted on the train split
-    missing: Literal["reserved", "empty"] | None = None  # default: reserved; empty for several ids a row and for as_is
+    missing: Literal["reserved", "empty"] | None = None  # default: reserved; empty for several ids a row, as_is, hash64
 
     @model_validator(mode="after")
     def _check(self) -> "CategoricalColumns":
@@ -79,10 +79,12 @@ class CategoricalColumns(Frozen):
             raise ValueError("buckets and quantiles make ids out of numbers: leave out ids, hex and separator")
         if self.ids == "hash" and self.rows is None:
             raise ValueError("ids = 'hash' needs rows, the number of ids to hash into")
+        if self.ids == "hash64" and self.rows is not None:
+            raise ValueError("ids = 'hash64' are of 64 bits, whatever the table's rows; leave out rows, or use 'hash'")
         if self.ids != "vocab" and self.min_count > 1:
             raise ValueError(f"min_count is for ids = 'vocab', not {self.ids!r}")
-        if self.ids == "as_is" and self.missing == "reserved":
-            raise ValueError("ids = 'as_is' has no reserved id; missing must be 'empty'")
+        if self.ids in ("as_is", "hash64") and self.missing == "reserved":
+            raise ValueError(f"ids = {self.ids!r} has no reserved id; missing must be 'empty'")
         if self.name is not None and (len(self.columns) > 1 or _is_pattern(self.columns[0])):
             raise ValueError("name is for a single column")
         return self
