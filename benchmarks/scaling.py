@@ -10,6 +10,7 @@ Two constants are fitted, both to the rows marked `fitted`: the host's time to l
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,8 +111,13 @@ def dense_of(model: str) -> DenseWork:
     return dense_work(net, inputs, state_bytes_per_parameter=4)
 
 
-def main(*, json: bool = False) -> int:
-    """Simulate every row, print it; the exit code."""
+def main(*, curves: Path | None = None, json: bool = False) -> int:
+    """Simulate every row, print it; the exit code.  curves: an SVG of scaling to 4,096 GPUs, instead."""
+    if curves is not None:
+        from benchmarks import scaling_curves
+
+        drawn, said = scaling_curves.draw(curves)
+        return report("scaling", drawn, json=json, notes=tuple(said))
     rows, notes = [], []
     for published, step in simulated():
         ratio = published.batch_size / step.seconds / published.samples_per_second

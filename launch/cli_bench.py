@@ -45,11 +45,16 @@ def bench_plan(
 
 
 @app.command("scaling")
-def bench_scaling(as_json: Json = False) -> None:
+def bench_scaling(
+    curves: Annotated[
+        Path | None, typer.Option(help="An SVG: MLPerf's model simulated on 8 to 4,096 GPUs, instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Simulated steps on GPU clusters beside published throughputs; nothing is run (docs/scaling.md)."""
     from benchmarks import scaling
 
-    raise typer.Exit(scaling.main(json=as_json) or 0)
+    raise typer.Exit(scaling.main(curves=curves, json=as_json) or 0)
 
 
 @app.command("calibrate")

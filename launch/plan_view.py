@@ -51,6 +51,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_ranks(found))
     console.print(_tables(found))
     console.print(_volumes(found), highlight=False)
+    if found["estimates"]:
+        console.print(
+            f"[dim]{len(found['estimates'])} numbers of this cluster are estimates that no run has confirmed: "
+            f"{', '.join(found['estimates'])} (sharding/topology.py; --profiles FILE sets your own)[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _show_infeasible(found: dict[str, Any], console: Console) -> None:

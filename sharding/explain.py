@@ -67,6 +67,7 @@ def explain(solution: Solution) -> dict[str, Any]:
         "tables": tables(solution),
         "volumes": volumes(found),
         "fixed_bytes": {name: int(n) for name, n in prices.fixed_bytes.items()},
+        "estimates": prices.topology.estimates,
         "limits": {"device_bytes": int(solution.options.device_limit + prices.base_bytes)},
     }
 

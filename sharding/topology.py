@@ -151,6 +151,11 @@ class Topology:
     def title(self) -> str:
         return f"{self.name}:{self.hosts}x{self.ranks_per_host}"
 
+    @property
+    def estimates(self) -> list[str]:
+        """The numbers that no data sheet gives, no run has measured and no file has set."""
+        return [name for name in QUANTITIES if re.search(r"(^|\()estimate\b", self.sources.get(name, ""))]
+
     def sized(self, *, hosts: int, ranks_per_host: int) -> "Topology":
         """The same hosts, another number of them; on a CPU a rank's memory is its share of the host's.
 
@@ -199,20 +204,20 @@ _GPU_SOURCES = {
     "vector_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
     "update_dense_bandwidth": "80% of the memory's rate, what streaming kernels reach (estimate)",
     "matrix_efficiency": "estimate: large MLPs in bf16 reach 40 to 60% of the dense peak",
-    "fp32_efficiency": "estimate: cuBLAS's float32 products reach 90 to 95% of the peak without tensor cores",
+    "fp32_efficiency": "estimate without a source, and never measured: what large float32 products reach of the peak",
     "reduce_efficiency": "estimate: an all-reduce reaches the bus bandwidth of an all-to-all",
     "link_efficiency": "estimate: NCCL's bus bandwidth is about 80% of a link's rate for messages above 1 MB",
     "row_bandwidth": "70% of the memory's rate, what FBGEMM's table-batched kernels reach on wide rows (estimate)",
     "update_row_bandwidth": "70% of the memory's rate, each row read and written (estimate)",
     "cached_row_bandwidth": "the L2 cache gives about 2.5 times the memory's rate (estimate)",
     "id_seconds": "radix sort of 64-bit keys, about 16 G keys/s (estimate from CUB's published rates on A100)",
-    "op_seconds": "a kernel launch, 3 to 7 us",
+    "op_seconds": "a kernel launch (estimate)",
     "step_seconds": "host work of a TorchRec pipeline step that the device waits for (estimate)",
     "launch_seconds": "fitted to two published throughputs of TorchRec's DLRM with 26 features (docs/scaling.md)",
     "replica_seconds": "a dozen launches and one wait of the host for the device (estimate)",
     "group_seconds": "splits, permutes and the autograd functions of one sharding type (estimate)",
-    "intra_latency": "NCCL over NVLink, about 10 us",
-    "inter_latency": "NCCL over InfiniBand, about 20 us",
+    "intra_latency": "NCCL over NVLink (estimate)",
+    "inter_latency": "NCCL over InfiniBand (estimate)",
     "peer_seconds": "sends of an all-to-all are issued one by one (estimate)",
 }
 

@@ -61,6 +61,7 @@ def test_a_plan_for_a_cluster_that_is_not_here(command, small):
     code, out, _ = command(*PLAN, "--cluster", "h100-80gb:2x8", "--json")
     found = json.loads(out)
     assert code == 0 and found["feasible"] and found["gap"] <= 0.05
+    assert {"fp32_efficiency", "op_seconds"} <= set(found["estimates"])
     assert found["bound"]["step_ms"] <= found["predicted"]["step_ms"]
     assert len(found["ranks"]) == 16 and {"hbm_bytes", "host_bytes", "step_ms"} <= set(found["ranks"][0])
     assert {t["name"] for t in found["tables"]} == set(ROWS)

@@ -85,6 +85,10 @@ def test_profiles_from_toml(tmp_path):
     assert twice.world_size == 8 and not twice.overlap
     assert twice.matrix_bf16 == profiles()["h100-80gb"].matrix_bf16
     assert str(path) in twice.sources["device_memory"]
+    assert "inter_latency" in twice.estimates and "matrix_bf16" not in twice.estimates  # a data sheet's
+    path.write_text('[profiles.known]\nlike = "h100-80gb"\ninter_latency = "12us"\n')
+    (known,) = load_profiles(path).values()
+    assert set(profiles()["h100-80gb"].estimates) - set(known.estimates) == {"inter_latency"}
 
 
 @pytest.mark.parametrize(
