@@ -4,7 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from kernels import registry
+from sharding.embeddings import build_embeddings
+from sharding.tables.base import Table
 from tests.ranks import run_ranks
 from tests.trainer.test_trainer import data, make_config  # noqa: F401  (data is a fixture)
 from trainer import config as configs
@@ -45,3 +50,25 @@ def test_a_model_and_a_table_kind_from_outside_the_package(mine, data, tmp_path)
     )
     first, second = run_ranks(run, 2, mine, run_dir)
     assert first == second and 0.6 < first < 1.0
+
+
+def vectors_of(bags_of):
+    """Of the example kind: pooled vectors of the bags, the physical rows, and the table."""
+    table = Table(name="t", features=("f",), rows=2**31, dim=4, kind="mine.double_hash", options={"rows": 7})
+    embeddings = build_embeddings(tables=(table,), features=("f",)).to_empty(device="cpu")
+    with torch.no_grad():
+        weights = {config.name: embeddings.ebc.embedding_bags[config.name].weight for config in embeddings.physical}
+        for seed, rows_ED in enumerate(weights.values()):
+            rows_ED.copy_(torch.randn(rows_ED.shape, generator=torch.Generator().manual_seed(seed)))
+        lengths = torch.tensor([len(bag) for bag in bags_of])
+        ids = KeyedJaggedTensor(keys=["f"], values=torch.tensor([i for bag in bags_of for i in bag]), lengths=lengths)
+        return embeddings(ids), {name: rows_ED.clone() for name, rows_ED in weights.items()}, table
+
+
+def test_the_table_kind_does_what_its_reference_says(mine):
+    bags = [[3, 10**9 + 7], [], [2**31 - 1], [3, 3, 5]]
+    pooled_BX, weights, table = vectors_of(bags)
+    reference = registry.load("sharding.tables", "mine.double_hash").reference
+    for bag, found_X in zip(bags, pooled_BX, strict=True):
+        expected_X = sum((reference(table, "f", id, weights) for id in bag), torch.zeros(4))
+        torch.testing.assert_close(found_X, expected_X)
