@@ -83,6 +83,23 @@ def test_this_machine_and_a_file(command, small):
     assert code == 0 and "country" in out and "row-wise" in out and "b / a" in out
 
 
+def test_two_plans_beside_each_other(command, small):
+    """The planner's own is never slower than all tables by rows, and another cluster has a plan of its own."""
+    cluster = ("--cluster", "h100-80gb:2x4", "--json")
+    code, out, err = command(*PLAN, *cluster, "--compare", "auto", "row_wise")
+    found = json.loads(out)
+    assert code == 0, err
+    assert (
+        found["a"]["step_ms"] <= found["b"]["step_ms"] == pytest.approx(sum(found["b"]["parts_ms"].values()), rel=0.3)
+    )
+    assert found["differ"] and all(d["b"] == "row_wise" != d["a"] for d in found["differ"])
+    own = json.loads(command(*PLAN, *cluster)[1])
+    assert found["a"]["step_ms"] == own["predicted"]["step_ms"]
+    found = json.loads(command(*PLAN, *cluster, "--compare", "h100-80gb:2x4", "h100-80gb:1x8")[1])
+    assert [found[side]["cluster"] for side in "ab"] == ["h100-80gb:2x4", "h100-80gb:1x8"]
+    assert found["a"]["step_ms"] == own["predicted"]["step_ms"]
+
+
 def test_what_does_not_fit_has_ways_out(command, small):
     words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "1GiB")
     code, out, _ = command(*words)
