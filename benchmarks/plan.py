@@ -20,9 +20,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from benchmarks.base import Row, report
 from sharding import topology
-from sharding.cost import DenseWork, Kind, TableLoad, Work, load, price
+from sharding.cost import Kind, load, price
 from sharding.plan import AllTypesSharder
 from sharding.planner import Choice, Limits, solve
+from sharding.work import DenseWork, TableLoad, Work
 
 DENSE = DenseWork(flops_per_row=1.5e7, bytes_per_row=6e4, ops=150, parameters=2.5e6)
 # Rows of Criteo's 1 TB features (facebookresearch/dlrm's counts, hashed to 40 million) and MLPerf's multi-hot sizes.

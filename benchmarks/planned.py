@@ -18,11 +18,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.workload import SEED, Side
 from sharding import topology
-from sharding.cost import Load, Prices, Work, load, price
+from sharding.cost import Load, Prices, load, price
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.plan import Figures, rules_of, to_torchrec, work_of
 from sharding.planner import Solution, asked_kinds, solve
 from sharding.tables.base import Table
+from sharding.work import Work
 from trainer.config import Optim
 from trainer.data.batch import Batch
 from trainer.dense_work import dense_work

@@ -18,9 +18,9 @@ import torch
 from benchmarks.base import Row, report
 from benchmarks.plan import CRITEO, MULTI_HOT
 from sharding import topology
-from sharding.cost import DenseWork, TableLoad, Work
 from sharding.simulate import Program, Step, point
 from sharding.topology import Topology
+from sharding.work import DenseWork, TableLoad, Work
 from trainer.dense_work import dense_work
 from trainer.models import dcn, dlrm
 from trainer.models.base import ModelInputs

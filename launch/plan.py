@@ -18,7 +18,7 @@ from kernels import registry
 from kernels.errors import UserError
 from sharding import planner, topology
 from sharding.bound import Options
-from sharding.cost import Choice, Kind, Prices, Work, load, price
+from sharding.cost import Choice, Kind, Prices, load, price
 from sharding.embeddings import Embeddings
 from sharding.explain import explain, parts_of
 from sharding.plan import describe_solution, rules_of
@@ -27,6 +27,7 @@ from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
 from sharding.ways_out import ways_out
+from sharding.work import Work
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,20 @@ Shapes: T tables, P positions (parts of an option that differ from each other; 1
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from sharding.skew import Skew
 from sharding.topology import Topology
+from sharding.work import ELEMENT, TableLoad, Work
 
 PARTS = ("input", "lookup", "output", "gradients", "update")
 BYTES = ("weights", "state", "gradient", "buffers", "ids", "cache")
 VOLUMES = ("ids", "vectors", "averages")  # bytes: to the owners of rows, back from them (gradients as many), summed
 TIERS = ("device", "cache", "host")
 CACHE_SHARES = (0.02, 0.1, 0.3)  # of a table's rows that a device cache holds, with tier "cache"
-ELEMENT = 4  # bytes of a gradient, a pooled value, a dense weight: float32; rows have their own (TableLoad.element)
 ID = 8  # bytes of an id
 LENGTH = 8  # bytes of a bag's length
 BATCHES_IN_FLIGHT = 3  # in the overlapped pipeline: one computes, one's ids travel, one is copied (trainer/pipeline.py)
@@ -42,69 +42,6 @@ SORT_BYTES = 16  # an id in the update: key and position, before and after sorti
 CACHE_ROW_BYTES = 16  # slot, tag and age of a cached row (FBGEMM's lxu_cache_state and lru_state)
 # CUDA context and NCCL's buffers on a device (estimate); Python with torch and TorchRec on a CPU (measured).
 RUNTIME_BYTES = {"cuda": 1.5 * 2**30, "cpu": 0.4 * 2**30}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableLoad:
-    """One physical table and what a sample asks of it.
-
-    dim: stored columns.  bags, ids: per sample, over all features of the table.
-    state_per_row, state_per_column: bytes of optimizer state of a row: state_per_row + columns * state_per_column,
-        counted anew for each part by columns.
-    """
-
-    name: str
-    rows: int
-    dim: int
-    bags: int = 1
-    ids: float = 1.0
-    state_per_row: float = 4.0
-    state_per_column: float = 0.0
-    skew: Skew | None = field(default=None, compare=False)
-    element: int = ELEMENT  # bytes of a weight as it is stored
-    scale: int = 0  # bytes of a row beside its weights, in each part by columns: the scale of a row of int8
-
-    @property
-    def bytes(self) -> int:
-        return self.rows * (self.element * self.dim + self.scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseWork:
-    """Everything outside the tables, forward and backward.  trainer/dense_work.py counts it.
-
-    flops_per_row: of matrix products.  bytes_per_row, bytes_fixed: read and written by the other operations, per sample
-    and whatever the batch.  ops: how many operations.  parameters: number.  state_per_parameter: bytes of optimizer
-    state.  activation_bytes_per_row: kept for the backward.  batch_bytes_per_row: of dense columns, labels, weights.
-    """
-
-    flops_per_row: float = 0.0
-    bytes_per_row: float = 0.0
-    bytes_fixed: float = 0.0
-    ops: float = 0.0
-    parameters: float = 0.0
-    state_per_parameter: float = 8.0
-    activation_bytes_per_row: float = 0.0
-    batch_bytes_per_row: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is trained: tables, dense work, samples per global step.
-
-    vector_element: bytes of a pooled value on its way between ranks; 2 where the kernels give bfloat16.
-    """
-
-    tables: tuple[TableLoad, ...]
-    batch_size: int
-    dense: DenseWork = DenseWork()
-    overlapped: bool = True
-    bf16: bool = False
-    vector_element: int = ELEMENT
-
-    @property
-    def features(self) -> int:
-        return sum(t.bags for t in self.tables)
 
 
 @dataclass(frozen=True, kw_only=True)

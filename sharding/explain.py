@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from sharding.bound import Options
-from sharding.cost import BYTES, ELEMENT, PARTS, VOLUMES, Kind, Load
+from sharding.cost import BYTES, PARTS, VOLUMES, Kind, Load
 from sharding.planner import Solution
+from sharding.work import ELEMENT
 
 WORDS = {
     "host": "host work of the step: launching operations, TorchRec's bookkeeping",

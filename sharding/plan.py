@@ -21,7 +21,7 @@ CPU kernel takes a part without rows for a feature of the next table, with that 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 
 from kernels.errors import UserError
 from sharding import planner, topology
-from sharding.cost import ELEMENT, Choice, DenseWork, Kind, TableLoad, Work
+from sharding.cost import Choice, Kind
 from sharding.embeddings import Embeddings
+from sharding.own_sharding import check_row_types, check_rows, columns_per_shard, shardable
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
 from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES, Table, stored_dim
+from sharding.work import ELEMENT, DenseWork, TableLoad, Work
 
-MIN_COLUMNS = 4
 # Of the EmbeddingBagCollections in a task: tables looked up by bag, id by id, and by rows that are given to ids.
 COLLECTION, COLLECTION_PER_ID, COLLECTION_BY_ID = "embeddings.ebc", "embeddings.ebc_per_id", "embeddings.ebc_by_id"
 TIER_KERNELS = {"device": "fused", "cache": "fused_uvm_caching", "host": "fused_uvm"}
@@ -205,9 +206,9 @@ def rules_of(
 ) -> dict[str, Rule]:
     """The planner's rules: the tables' own `sharding`, and the constraints."""
     world, local = cluster.world_size, cluster.ranks_per_host
-    tables = [_shardable(t, embeddings.logical[t.name], world, local) for t in embeddings.physical]
-    _check_row_types(embeddings.tables)
-    _check_rows(tables, world, local)
+    tables = [shardable(t, embeddings.logical[t.name], world, local) for t in embeddings.physical]
+    check_row_types(embeddings.tables)
+    check_rows(tables, world, local)
     own = {}
     for t in tables:
         if t.sharding == "auto" and t.name in embeddings.by_id:
@@ -216,7 +217,7 @@ def rules_of(
             types = frozenset(SHARDING_TYPES) - {"data_parallel"}
             own[t.name] = Rule(shardings=types, said=f"tables: row_type = {t.row_type!r}")
         elif t.sharding != "auto":
-            columns = _columns_per_shard(t, world, local)
+            columns = columns_per_shard(t, world, local)
             parts = None if columns is None else stored_dim(t.dim) // columns
             asked = f"tables: sharding = {t.sharding!r}"
             own[t.name] = Rule(shardings=frozenset([t.sharding]), column_parts=parts, said=asked)
@@ -440,77 +441,6 @@ def embeddings_of(task: nn.Module) -> Embeddings:
 def has_fused_tables(plan: ShardingPlan) -> bool:
     """Whether any table is updated inside the backward: all but the data_parallel ones are."""
     return any(p.sharding_type != "data_parallel" for p in _module_plan(plan).values())
-
-
-def _shardable(table: Table, logical: Table, world_size: int, local_world_size: int) -> Table:
-    """The table, left to the planner where the sharding that the user gave its logical table cannot be: a kind's small
-    parts, such as a remainder table of 5 rows, cannot all be cut as the large one can."""
-    if logical.kind == "standard" or table.sharding == "auto":
-        return table
-    try:
-        _check_rows([table], world_size, local_world_size)
-        _columns_per_shard(table, world_size, local_world_size)
-    except UserError:
-        return replace(table, sharding="auto")
-    return table
-
-
-def _check_row_types(tables: Sequence[Table]) -> None:
-    wrong = [t for t in tables if t.sharding == "data_parallel" and t.row_type != "fp32"]
-    if wrong:
-        raise UserError(
-            f"tables {', '.join(repr(t.name) for t in wrong)}: a data_parallel table, which has a copy on every rank "
-            f"and dense gradients, stores its rows in fp32, not in {wrong[0].row_type}; use "
-            f'row_type = "fp32" for it, or sharding = "table_wise"'
-        )
-
-
-def _row_parts(sharding: str, world_size: int, local_world_size: int) -> int:
-    by_host = ("table_row_wise", "grid_shard")
-    return world_size if sharding == "row_wise" else local_world_size if sharding in by_host else 1
-
-
-def _ranks_without_rows(table: Table, sharding: str, world_size: int, local_world_size: int) -> int:
-    """Parts that get no row, all the parts before the last having ceil(E / parts): 9 rows in 4 parts are 3 3 3 0."""
-    parts = _row_parts(sharding, world_size, local_world_size)
-    return parts - -(-table.rows // -(-table.rows // parts))
-
-
-def _check_rows(tables: Sequence[Table], world_size: int, local_world_size: int) -> None:
-    few = [t for t in tables if _ranks_without_rows(t, t.sharding, world_size, local_world_size)]
-    if few:
-        parts = _row_parts(few[0].sharding, world_size, local_world_size)
-        names = ", ".join(f'"{t.name}"' for t in few)
-        counts = ", ".join(str(t.rows) for t in few)
-        raise UserError(
-            f"sharding = {few[0].sharding!r} would cut {len(few)} tables into {parts} parts of which some have no row: "
-            f"{names} ({counts} rows); give them another sharding in the config, such as\n"
-            f'[[tables.override]]\nmatch = [{names}]\nsharding = "table_wise"'
-        )
-
-
-def _columns_per_shard(table: Table, world_size: int, local_world_size: int) -> int | None:
-    """Columns of a part of a table that is split by columns; None for the other types.
-
-    As many parts as there are ranks (hosts, for grid_shard), or the next smaller number that divides the columns.
-    16 columns on 2 ranks: 8; 12 columns on 4 ranks: 4 (three parts).
-    """
-    parts = {
-        "column_wise": world_size,
-        "table_column_wise": local_world_size,
-        "grid_shard": world_size // local_world_size,
-    }.get(table.sharding)
-    if parts is None:
-        return None
-    columns = stored_dim(table.dim)
-    fits = [c for c in range(MIN_COLUMNS, columns + 1, MIN_COLUMNS) if columns % c == 0 and columns // c <= parts]
-    if parts > 1 and fits[0] == columns:
-        raise UserError(
-            f"table {table.name!r}: sharding = {table.sharding!r} on {world_size} ranks ({local_world_size} a host) "
-            f"would cut its dim {table.dim} into parts, but a part has a multiple of {MIN_COLUMNS} columns, so that "
-            f'there is only one; use a dim that is a multiple of {2 * MIN_COLUMNS}, or "table_wise" or "row_wise"'
-        )
-    return fits[0]
 
 
 def _on_rank_0(plan: Callable[[], Planned]) -> Planned:

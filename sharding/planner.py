@@ -16,11 +16,12 @@ from kernels import registry
 from kernels.errors import UserError
 from sharding import exact
 from sharding.bound import Options, lower_bound
-from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, Work, load, price
+from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, load, price
 from sharding.placing import Found, Placer
 from sharding.search import fits_somehow, polish, search
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology
+from sharding.work import Work
 
 SPARE = 0.05  # of a device's memory, left to the allocator's fragments where nobody says how much to use
 FEW_NODES = 20  # of the exact search, where only whether there is a plan is asked

@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kernels.errors import UserError
-from sharding.cost import ELEMENT, Load, Work, allreduce_seconds, collective_latency
+from sharding.cost import Load, allreduce_seconds, collective_latency
 from sharding.planner import Limits, Rule, Solution, solve
 from sharding.topology import Topology
+from sharding.work import ELEMENT, Work
 
 # Kernels of a recorded CUDA graph start this far apart: an assumption, for which no source was found.
 GRAPH_OP_SECONDS = 1.5e-6

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kernels.errors import UserError
-from sharding.cost import TIERS, TableLoad, Work
+from sharding.cost import TIERS
 from sharding.planner import SPARE, Infeasible, Limits, Rule, gib, has_plan, solve
 from sharding.skew import Skew
 from sharding.topology import Topology
+from sharding.work import TableLoad, Work
 
 BY_COLUMNS = frozenset({"column_wise", "table_column_wise", "grid_shard"})
 SMALL_ROW = 2  # bytes of an element of tables.row_type = "bf16"

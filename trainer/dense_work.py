@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sharding.cost import DenseWork
+from sharding.work import DenseWork
 from trainer.models.base import ModelInputs
 
 FEW, MANY = 64, 128  # rows

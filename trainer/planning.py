@@ -16,12 +16,12 @@ from torch import nn
 from kernels import registry
 from kernels.errors import UserError
 from sharding import topology
-from sharding.cost import Work
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.plan import Figures, work_of
 from sharding.planner import Limits, Rule
 from sharding.skew import Skew
 from sharding.topology import Topology, quantity
+from sharding.work import Work
 from trainer import precision
 from trainer.config import Config
 from trainer.data.dataset import Categorical, Dataset

@@ -7,11 +7,12 @@ import pytest
 import torch.distributed as dist
 
 from sharding import topology
-from sharding.cost import BYTES, PARTS, Choice, DenseWork, Kind, TableLoad, Work, allreduce_seconds, load, price
+from sharding.cost import BYTES, PARTS, Choice, Kind, allreduce_seconds, load, price
 from sharding.plan import embeddings_of
 from sharding.skew import Skew
 from sharding.tables.base import SHARDING_TYPES, Table
 from sharding.topology import parse
+from sharding.work import DenseWork, TableLoad, Work
 from tests.models import build_sharded
 from tests.ranks import run_ranks
 from trainer.config import Optim

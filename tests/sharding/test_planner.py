@@ -8,12 +8,13 @@ import pytest
 
 from kernels.errors import UserError
 from sharding.bound import Options, lower_bound
-from sharding.cost import DenseWork, TableLoad, Work, load, price
+from sharding.cost import load, price
 from sharding.planner import Infeasible, Limits, Rule, rules_from, solve
 from sharding.search import search
 from sharding.skew import Skew
 from sharding.topology import parse
 from sharding.ways_out import ways_out
+from sharding.work import DenseWork, TableLoad, Work
 
 GIB = 2**30
 

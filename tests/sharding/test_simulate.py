@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sharding.cost import DenseWork, TableLoad, Work, allreduce_seconds, collective_latency, load
+from sharding.cost import allreduce_seconds, collective_latency, load
 from sharding.planner import Rule, solve
 from sharding.simulate import (
     GRAPH_OP_SECONDS,
@@ -18,6 +18,7 @@ from sharding.simulate import (
     with_efficiency,
 )
 from sharding.topology import parse
+from sharding.work import DenseWork, TableLoad, Work
 
 DENSE = DenseWork(flops_per_row=1e8, bytes_per_row=1e5, ops=50, parameters=1e7)
 TABLES = tuple(TableLoad(name=f"t{i}", rows=10_000 * (i + 1), dim=64, ids=3.0) for i in range(12))
