@@ -66,6 +66,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "planner": plan.get("planner"),
         "tables": _tables(plan),
         "id_maps": _dict(report, "id_maps"),
+        "row_balance": report.get("row_balance") or [],
         "shardings": _shardings(plan),
         "world_size": len(plan.get("ranks") or []),
         "map_ranks": MAP_RANKS,

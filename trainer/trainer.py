@@ -24,6 +24,7 @@ from sharding import by_id
 from sharding.compute_kernel import kernels_of
 from sharding.parallelize import parallelize
 from sharding.plan import plan_task
+from sharding.row_balance import row_balance
 from trainer import pulse, report, restarts
 from trainer.checkpoint import lock
 from trainer.checkpoint.restore import place_of
@@ -297,6 +298,7 @@ def _train(
                 evaluated = _log_eval(
                     log, built, session, steps_total, final, final_reader, eval_metrics, final_one=True
                 )
+                result["row_balance"] = _row_balance(built, final_reader)
     except Stopping:
         raise _stopped(run_dir, result, session, progress) from None
     pulse.mark("finishing", steps_total)
@@ -516,6 +518,13 @@ def _stopped(run_dir: Path, result: dict[str, Any], session: Session, progress: 
         report.write_json(run_dir, result)
         report.write_html(run_dir)
     return stopped
+
+
+def _row_balance(built: Built, reader: Reader) -> list[dict[str, Any]]:
+    """Of the reader's first batch: where the look-ups of tables that are split by rows fall."""
+    with reader.batches(epoch=0) as batches:
+        ids = next(iter(batches)).to(built.world.device).ids
+    return row_balance(built.model.module.embeddings, ids, built.plan)
 
 
 def _id_maps(built: Built) -> dict[str, Any]:
