@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from trainer import report_saves
 from trainer.charts import Rule, Series, calibration_chart, line_chart
 from trainer.words import bound_text, count, duration, figure, milliseconds, moment, percent, runs, size
 
@@ -53,6 +54,7 @@ def view(run_dir: Path) -> dict[str, Any]:
     bayes = _dict(report, "bayes") or _dict(start, "bayes")
     report.setdefault("status", "running" if events else "unknown")
     errors = [_json(path) for path in sorted(run_dir.glob("errors/rank_*.json"))]
+    saves = report_saves.saves(events)
     return {
         "name": report.get("name") or start.get("run") or run_dir.resolve().name,
         "report": report,
@@ -75,7 +77,9 @@ def view(run_dir: Path) -> dict[str, Any]:
         "splits": _dict(_dict(report, "dataset"), "splits"),
         "calibration": _calibration(report),
         "tasks": _tasks(report),
-        "checkpoints": [e for e in events if e["event"] == "checkpoint"],
+        "checkpoints": saves,
+        "saving": report_saves.totals(report, saves),
+        "history": report_saves.history(report, events),
         "messages": [e for e in events if e["event"] == "message"],
         "errors": sorted((e for e in errors if e), key=lambda e: (e.get("kind") == "peer", e.get("time") or 0)),
         "kernels": _dict(report, "kernels"),

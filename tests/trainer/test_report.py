@@ -254,3 +254,25 @@ def test_numbers_become_words():
     assert [percent(s) for s in (0, 0.0001, 0.123, None)] == ["0.0%", "<0.1%", "12.3%", "–"]
     assert [duration(s) for s in (7.42, 61, 3723)] == ["7.4 s", "1 min 01 s", "1 h 02 min"]
     assert [bound_text(b) for b in (0.0, 1.7e-5, 1.74e-5, 0.5)] == ["0", "0.000017", "0.000018", "0.50"]
+
+
+def test_saves_pauses_and_restarts_are_shown(tmp_path):
+    log = fake_runs.events(60) + [
+        {"event": "checkpoint", "step": 20, "path": "c/step_20", "delta": False, "seconds": 1.5, "pause_seconds": 0.0123,
+         "background": True, "compacted": False, "bytes": 3 << 20},
+        {"event": "restart", "number": 1, "of": 3, "rank": 1, "kind": "signal", "message": "rank 1 was killed <here>"},
+        {"event": "resume", "step": 20, "path": "c/step_20", "passed_over": ["step_30: the file is missing"]},
+        {"event": "checkpoint", "step": 40, "path": "c/step_40", "delta": True, "seconds": 0.25, "pause_seconds": 0.25,
+         "background": False, "compacted": True, "bytes": 1 << 20},
+    ]  # fmt: skip
+    saved = {"saved": 2, "failed": 1, "bytes": 4 << 20, "pause_seconds": 0.26, "background_seconds": 1.5}
+    made = fake_runs.report() | {"checkpoints": saved}
+    page = page_of(fake_runs.write(tmp_path / "run", report=made, events=log))
+    text = text_of(page)
+    for shown in (
+        "2 saved, 1 failed", "the steps stood still for 0.26 s", "1.50 s of writing went on beside them",
+        "restart 1 of 3 rank 1 was killed &lt;here&gt;", "went on from c/step_20, after 20 steps",
+        "passed over step_30: the file is missing", "20 full 3.0 MiB 12.3 ms 1.50 beside the steps c/step_20",
+        "40 delta, merged 1.0 MiB 250.0 ms 0.25 in the pause c/step_40",
+    ):  # fmt: skip
+        assert shown in text, shown
