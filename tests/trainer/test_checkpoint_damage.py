@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from kernels.errors import UserError
 from tests.ranks import run_ranks
 from tests.trainer import checkpoints
+from trainer.__main__ import _classify
 from trainer.checkpoint import files as files_module
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import restore
@@ -89,6 +91,15 @@ def test_a_truncated_manifest_is_detected(written, tmp_path, keep):
     path = tmp_path / "copy" / "step_1" / MANIFEST
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(Damaged, match="cut short or changed"):
+        manifests.read(Place(tmp_path / "copy"), "step_1")
+
+
+def test_a_newer_version_is_refused_by_name(written, tmp_path):
+    shutil.copytree(written, tmp_path / "copy")
+    path = tmp_path / "copy" / "step_1" / MANIFEST
+    body = path.read_bytes()[: -manifests._TAIL].replace(b'"version":1', b'"version":2', 1)
+    path.write_bytes(manifests._sealed(body))
+    with pytest.raises(UserError, match=r"step_1/manifest\.json: version 2, this tablemesh reads up to 1; upgrade"):
         manifests.read(Place(tmp_path / "copy"), "step_1")
 
 
@@ -270,6 +281,56 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     for message in run_ranks(save_read_only, 2, tmp_path / "c", tmp_path):
         assert "step_1: the checkpoint could not be written" in message
         assert "Not a directory" in message or "File exists" in message
+
+
+def save_with_small_files(folder, log_dir):
+    """The kernel lets this process write no file above 64 KiB while step 2 is saved."""
+    saver = make_saver(folder, log_dir)
+    save(saver, 1)
+    saver.wait()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, most))
+    save(saver, 2)
+    saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    save(saver, 3, must=True)
+    names = saver.place.names()
+    return names, [n for n in names if not verify(saver.place, n, manifests.read(saver.place, n))], saver.totals.failed
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    (found,) = run_ranks(save_with_small_files, 1, tmp_path / "c", tmp_path)
+    assert found == (["step_1", "step_3"], ["step_1", "step_3"], 1)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step_1", "step_3"]
+    assert "File too large" in events(tmp_path) and "training goes on" in events(tmp_path)
+
+
+def test_a_read_only_file_system(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a file system cannot be mounted here: that needs root and CAP_SYS_ADMIN")
+    try:
+        messages = run_ranks(save_read_only, 2, disk / "c", tmp_path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert all("step_1" in message and "Read-only file system" in message for message in messages)
+
+
+def run_out_of_memory():
+    """No more address space than a little: what this process then says of it."""
+    used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        torch.zeros(1 << 28)  # 1 GiB
+    except RuntimeError as error:
+        return _classify(error)
+
+
+def test_a_rank_without_memory_is_named_so():
+    ((kind, message),) = run_ranks(run_out_of_memory, 1)
+    assert kind == "memory" and "memory ran out" in message and "use smaller tables or batches" in message
 
 
 def die_between_the_renames(folder):

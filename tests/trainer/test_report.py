@@ -258,8 +258,8 @@ def test_numbers_become_words():
 
 def test_saves_pauses_and_restarts_are_shown(tmp_path):
     log = fake_runs.events(60) + [
-        {"event": "checkpoint", "step": 20, "path": "c/step_20", "delta": False, "seconds": 1.5, "pause_seconds": 0.0123,
-         "background": True, "compacted": False, "bytes": 3 << 20},
+        {"event": "checkpoint", "step": 20, "path": "c/step_20", "delta": False, "seconds": 1.5,
+         "pause_seconds": 0.0123, "background": True, "compacted": False, "bytes": 3 << 20},
         {"event": "restart", "number": 1, "of": 3, "rank": 1, "kind": "signal", "message": "rank 1 was killed <here>"},
         {"event": "resume", "step": 20, "path": "c/step_20", "passed_over": ["step_30: the file is missing"]},
         {"event": "checkpoint", "step": 40, "path": "c/step_40", "delta": True, "seconds": 0.25, "pause_seconds": 0.25,
