@@ -22,7 +22,7 @@ MIXES = (
     {
         "a": ("unified", {"rows": 23, "lookups": 2}),
         "b": ("mixed_dim", {"dims": [4]}),
-        "c": ("standard", {}),
+        "c": ("collisionless", {"rows": 20, "admit_after": 2, "expire_steps": 4}),
         "d": ("compositional", {"op": "add", "partition": "chinese"}),
     },
 )
