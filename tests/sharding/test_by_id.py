@@ -22,6 +22,7 @@ from sharding.embeddings import build_embeddings, lower
 from sharding.initial_weights import default_row, fresh_rows
 from sharding.parallelize import parallelize
 from sharding.plan import embeddings_of, make_plan
+from sharding.table_state import fused_kernels, held_bytes, held_parts
 from sharding.tables import collisionless
 from sharding.tables.base import Table
 from sharding.touched import Touched
@@ -251,6 +252,18 @@ def test_losses_are_those_of_the_twin(losses_of_twin, ranks, ways):
             assert (happened[name]["ids"], happened[name]["defaulted"]) == (ids, defaulted), (case, name)
         assert happened["brief"]["expired"] > 0 and happened["third"]["defaulted"] > 0
         assert happened["once"] | {"defaulted": 0, "expired": 0, "evicted": 0} == happened["once"]
+
+
+def bytes_held():
+    """As counted part by part, as the kernels allocated them, and of the tables whose rows are not given to ids."""
+    task = built("row_wise", "plain", "adagrad").dmp.module
+    allocated = sum(kernel.bags.state.bytes() for kernel in fused_kernels(task))
+    return held_bytes(task), allocated, sum(h.tensor.numel() * h.tensor.element_size() for h in held_parts(task))
+
+
+def test_the_bytes_held_are_those_allocated_and_include_tables_by_id():
+    for held, allocated, others in run_ranks(bytes_held, 2):
+        assert held == pytest.approx(allocated, rel=0.01) and held > others
 
 
 def looked_up(weighted: bool):
