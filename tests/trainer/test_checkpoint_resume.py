@@ -214,3 +214,30 @@ def test_a_run_on_a_locked_folder_is_refused(stopped, tmp_path):
     (report,) = run_ranks(resume_and_report, 1, tmp_path / "run", ("max_steps = 28", "max_steps = 4"))
     assert report["status"] == "finished" and not (tmp_path / "run" / "LOCK").exists()
     assert "that process has ended" in runs.run_as_text(tmp_path / "run")
+
+
+def stopped_by_its_data(run_dir, part):
+    """Stop after step 5, go on with a file whose pages are damaged, then with the file as it was."""
+    runs.run(run_dir, stop_after=5)
+    before = runs.tensors(run_dir)
+    good = part.read_bytes()
+    part.write_bytes(good[:4] + bytes(len(good) // 2) + good[4 + len(good) // 2 :])
+    try:
+        runs.run(run_dir, resume="auto")
+    except UserError as error:
+        message = str(error)
+    after = runs.tensors(run_dir)
+    part.write_bytes(good)
+    same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return message, same, runs.run(run_dir, resume="auto")["status"]
+
+
+def test_a_reader_that_fails_loses_nothing(data, tmp_path):
+    """The file is named; the last checkpoint stays as it was; with the file mended the run is the uninterrupted one."""
+    own = shutil.copytree(data, tmp_path / "data")
+    whole, cut = (runs.write_config(own, tmp_path / name) for name in ("whole", "cut"))
+    run_ranks(runs.run, 1, whole)
+    ((message, same, status),) = run_ranks(stopped_by_its_data, 1, cut, own / "train/part.parquet")
+    assert "part.parquet" in message and "row group" in message
+    assert same and status == "finished"
+    assert_equal(whole, cut)
