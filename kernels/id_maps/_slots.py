@@ -17,6 +17,7 @@ from numba import njit, uint64
 
 from kernels.backends._loops import mix
 from kernels.backends._vectors import prefetch
+from kernels.id_maps.base import MOST_USES
 
 AHEAD = uint64(24)  # ids between a request for a line and its use
 RING = uint64(31)  # a mask: more than AHEAD
@@ -131,7 +132,7 @@ def admit(
             _, known = _search(slots, key, at)
         if known != uint64(0):  # admitted earlier in this call
             rows[i] = known >> uint64(32)
-            if counting:
+            if counting and uses[known >> uint64(32)] < MOST_USES:
                 uses[known >> uint64(32)] += 1
             continue
         if room == uint64(most):  # before it is counted: it is looked at again when slots have grown
@@ -182,7 +183,7 @@ def count_uses(rows, uses, slice_, slices):
     """One more use of each row of rows that is in this slice: those of one remainder, so threads keep apart."""
     for i in range(uint64(len(rows))):
         row = uint64(rows[i])
-        if row != uint64(0) and row % uint64(slices) == uint64(slice_):
+        if row != uint64(0) and row % uint64(slices) == uint64(slice_) and uses[row] < MOST_USES:
             uses[row] += 1
 
 

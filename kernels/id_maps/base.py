@@ -43,6 +43,7 @@ HASHES = 4
 PER_OCCURRENCE = 8  # counters of a half per occurrence it counts
 MOST_OCCURRENCES = 255  # a counter holds no more
 MOST_ROWS = (1 << 31) - 1
+MOST_USES = (1 << 31) - 1  # counted no further: an id in every row of the data reaches it, and is kept all the same
 LAST_CLOCK = (1 << 32) - 1
 EVICT = ("off", "lru", "lfu")
 EVICTED_AT_LEAST = 64  # an eviction frees at least limit / 64 rows, since it passes over the whole map once
@@ -129,7 +130,7 @@ class State:
     """All that a map is; a backend that loads it goes on as the one that gave it would have.
 
     ids_K, rows_K, clocks_K, uses_K: int64, of each id that has a row, by ascending row: when it was last seen, and how
-        often since it was admitted (0 unless evict is "lfu").
+        often since it was admitted (0 unless evict is "lfu", at most MOST_USES).
     free_J: rows given before and free now; the last one is given first.
     top: the highest row ever given.
     filter_PHLC: uint8, the counters (P parts, 2 halves, lines, 64), the newer half first.

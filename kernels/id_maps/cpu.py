@@ -19,6 +19,7 @@ from kernels import threads
 from kernels.id_maps.base import (
     COUNTERS,
     EVICTED_AT_LEAST,
+    MOST_USES,
     Admitted,
     Counts,
     Policy,
@@ -128,7 +129,7 @@ class Store:
         _loops().fill(self.slots, np.uint64(self.lines), self.seed, *entries)
         self.free = state.free_J.numpy().copy()
         self.uses = np.zeros(self.top + 1, np.uint32)
-        self.uses[entries[1]] = state.uses_K.numpy()
+        self.uses[entries[1]] = state.uses_K.clamp(max=MOST_USES).numpy()
         self.filter = _zeros(state.filter_PHLC.numel(), torch.uint8)
         self.filter[:] = state.filter_PHLC.flatten().numpy()
         self.newer[:] = 0

@@ -11,6 +11,7 @@ from kernels.id_maps.base import (
     EVICTED_AT_LEAST,
     HASHES,
     MOST_OCCURRENCES,
+    MOST_USES,
     PARTS,
     Admitted,
     Counts,
@@ -80,7 +81,8 @@ class Store:
 
     def _see(self, i: int, clock: int) -> None:
         self.of[i][1] = clock
-        self.of[i][2] += 1 if self.policy.evict == "lfu" else 0
+        if self.policy.evict == "lfu":
+            self.of[i][2] = min(self.of[i][2] + 1, MOST_USES)
 
     def _give(self, new: list[int], clock: int) -> None:
         """Rows for new ids, which stand in `of` with row 0."""
@@ -154,7 +156,9 @@ class Store:
         )
 
     def load(self, state: State) -> None:
-        entries = zip(state.rows_K.tolist(), state.clocks_K.tolist(), state.uses_K.tolist(), strict=True)
+        entries = zip(
+            state.rows_K.tolist(), state.clocks_K.tolist(), state.uses_K.clamp(max=MOST_USES).tolist(), strict=True
+        )
         self.of = dict(zip(state.ids_K.tolist(), map(list, entries), strict=True))
         self.free, self.top = state.free_J.tolist(), state.top
         self.filter = state.filter_PHLC.flatten(2).tolist()

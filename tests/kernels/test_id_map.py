@@ -9,7 +9,7 @@ from kernels import registry
 from kernels.errors import UserError
 from kernels.hashing import mix64, mix64_of
 from kernels.id_map import BACKENDS, IdMap, owner_of, part_range, reshard
-from kernels.id_maps.base import PARTS, Policy, part_of
+from kernels.id_maps.base import MOST_USES, PARTS, Policy, part_of
 
 KINDS = registry.names(BACKENDS)
 FAST = [kind for kind in KINDS if kind != "reference"]
@@ -197,6 +197,20 @@ def test_lfu_keeps_what_occurs_often(kind):
     ids.admit(ids_of(20), clock=2)
     ids.admit(ids_of(40), clock=3)  # 10 and 20 occurred twice, 20 was seen later
     assert ids.find(ids_of(10, 20, 30, 40)).tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [MOST_USES - 1, MOST_USES, 2**32 - 1])
+def test_lfu_keeps_an_id_that_occurs_more_often_than_can_be_counted(kind, before):
+    ids = IdMap(Policy(limit=3, evict="lfu"), backend=kind)
+    ids.admit(ids_of(10, 20, 30, 30), clock=1)
+    state = ids.state_dict()
+    state["uses_K"][0] = before
+    ids.load_state_dict(state)
+    ids.admit(ids_of(10, 10), clock=2)
+    assert ids.state_dict()["uses_K"].tolist() == [MOST_USES, 1, 2]
+    ids.admit(ids_of(40), clock=3)
+    assert ids.find(ids_of(10, 20, 30, 40)).tolist() == [1, 0, 3, 2]
 
 
 @pytest.mark.parametrize("kind", FAST)
