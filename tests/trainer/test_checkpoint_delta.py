@@ -1,5 +1,6 @@
 """Deltas: base and deltas together are what a full checkpoint of the same step is, bit for bit."""
 
+import errno
 import json
 import shutil
 
@@ -114,3 +115,27 @@ def test_a_delta_takes_what_was_touched(data, tmp_path):
     assert sizes["step_4"] == 50_000 * 36 and sizes["step_8"] <= 40 * 36
     events = [json.loads(line) for line in runs.run_as_text(run_dir).splitlines()]
     assert [e["delta"] for e in events if e["event"] == "checkpoint"] == [False, True, True]
+
+
+def remove_fails(run_dir):
+    """Train where every removal of an old checkpoint fails, on the one rank that removes."""
+    remove = Place.remove
+
+    def refuses(self, name):
+        raise PermissionError(errno.EPERM, "Operation not permitted", self.path(name))
+
+    Place.remove = refuses
+    try:
+        return runs.run(run_dir)["checkpoints"]
+    finally:
+        Place.remove = remove
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(data, tmp_path):
+    """Only rank 0 hears of it: were its saves taken for failed, it would write full ones and the others deltas."""
+    often = {"every_steps": 4, "keep": 1, "deltas": 3}
+    run_dir = runs.write_config(data, tmp_path / "run", checkpoint=often, tables=SPLIT)
+    for totals in run_ranks(remove_fails, 2, run_dir):
+        assert (totals["saved"], totals["failed"]) == (7, 0)
+    assert kinds(run_dir) == ["full", "delta", "delta", "full", "delta", "delta", "full"]
+    assert "could not be removed" in runs.run_as_text(run_dir)

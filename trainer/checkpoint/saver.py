@@ -15,7 +15,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -164,7 +164,7 @@ class Saver:
             if save.compact and not self.place.url:
                 self._compact(save)
             if self.world.is_first:
-                self._prune()
+                self._prune(save)
         except Exception as error:  # for `_note`, on the main thread
             save.error = error
         save.seconds = time.perf_counter() - started
@@ -196,10 +196,23 @@ class Saver:
             storage.write(parts, self.place, save.name, about, group=self._group)
             save.compacted = True
         except (OSError, UserError, RuntimeError) as error:
-            save.warning = f"{self.place.path(save.name)}: could not be merged with what it is a delta to: {error}"
+            save.warnings.append(
+                f"{self.place.path(save.name)}: could not be merged with what it is a delta to: {error}"
+            )
 
-    def _prune(self) -> None:
-        """Remove what need not stay; what a delta that stays belongs to does, too."""
+    def _prune(self, save: "_Save") -> None:
+        """Remove what need not stay; what a delta that stays belongs to does, too.
+
+        A failure is a warning: the new checkpoint is there, and the other ranks, which do not hear of this, know it.
+        """
+        try:
+            self._remove_old()
+        except Exception as error:  # of fsspec's places each raises its own
+            save.warnings.append(
+                f"{self.place}: an old checkpoint could not be removed: {error}; it stays until a later save removes it"
+            )
+
+    def _remove_old(self) -> None:
         names = self.place.names()
         every = self.config.keep_every
         stay = [name for name in names[:-1] if every and step_of(name) % every == 0] + names[-self.config.keep :]
@@ -219,8 +232,8 @@ class Saver:
         self.totals.background_seconds += save.seconds if background else 0.0
         if save.done is not None:
             save.done(save.manifest, ok=save.error is None, compacted=save.compacted)
-        if save.warning is not None:
-            self.log.event("message", level="warning", text=save.warning)
+        for text in save.warnings:
+            self.log.event("message", level="warning", text=text)
         if save.error is None:
             self.totals.saved += 1
             if save.manifest is not None:
@@ -270,7 +283,7 @@ class _Save:
     compact: bool = False
     snapshot: Snapshot | None = None
     compacted: bool = False
-    warning: str | None = None
+    warnings: list[str] = field(default_factory=list)
     done: Callable[..., None] | None = None
     pause_seconds: float = 0.0
     seconds: float = 0.0
