@@ -371,3 +371,11 @@ def test_a_fsspec_url():
     assert len(damaged) == 1 and "table 'user'" in damaged[0]
     with pytest.raises(UserError, match="fsspec cannot open it"):
         Place("nosuch://bucket")
+
+
+def test_the_room_of_a_file_system_that_is_gone_is_unknown(tmp_path, monkeypatch):
+    def gone(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(shutil, "disk_usage", gone)
+    assert Place(tmp_path / "c").free_bytes() is None

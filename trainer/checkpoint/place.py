@@ -184,13 +184,16 @@ class Place:
         os.rename(self.path(name), aside)
 
     def free_bytes(self) -> int | None:
-        """Bytes that may still be written here; None where nobody knows (a URL)."""
+        """Bytes that may still be written here; None where nobody knows (a URL, a file system that is gone)."""
         if self.url:
             return None
         folder = Path(self._root)
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        try:
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
+        except OSError:  # no error of its own: only rank 0 asks, and what is written next says it on every rank
+            return None
 
 
 def step_of(name: str) -> int:
