@@ -68,12 +68,12 @@ def state(run: Path) -> dict[str, Any]:
     return {name: files.read(name) for name in files.tensors if not name.startswith("ranks/")}
 
 
-def train_here(config: Path, *, nproc: int = 2) -> dict[str, Any]:
-    """Train on this host; the report."""
-    words = [sys.executable, "-m", "launch.cli", "train", config.name, "--nproc", str(nproc), "--json"]
+def train_here(config: Path, *more: str, nproc: int = 2, seconds: float = SECONDS) -> dict[str, Any]:
+    """Train on this host, in the config's folder; the report. more: words for `tablemesh train`."""
+    words = [sys.executable, "-m", "launch.cli", "train", config.name, "--nproc", str(nproc), *more, "--json"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        words, cwd=config.parent, env=env, capture_output=True, text=True, check=False, timeout=SECONDS
+        words, cwd=config.parent, env=env, capture_output=True, text=True, check=False, timeout=seconds
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -99,9 +99,11 @@ def command(folder: Path, env: Mapping[str, str]) -> Callable[..., Any]:
     return run
 
 
-def until(command: Callable[..., Any], handle: str, true: Callable[[Any], bool], what: str) -> Any:
+def until(
+    command: Callable[..., Any], handle: str, true: Callable[[Any], bool], what: str, seconds: float = SECONDS
+) -> Any:
     """`tablemesh status` of the job once it is as wanted."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while not true(found := command("status", handle)):
         assert time.monotonic() < deadline, f"{what}: {found}\n{command('logs', handle, text=True)}"
         time.sleep(0.3)

@@ -5,6 +5,7 @@ Marked "cluster": minutes, root and Debian's slurm packages, so not among what `
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -18,6 +19,7 @@ from tests.launch import slurm_cluster, small
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+QUICKSTART_SECONDS = 900.0  # for a run on a loaded machine; on two idle cores 20 s
 RUN = """
 [checkpoint]
 every_steps = 20
@@ -89,6 +91,20 @@ def test_two_nodes_train_to_the_result_of_one(command, cluster, tmp_path, data, 
     assert preflight["ok"] and len(preflight["ranks"]) == 2 and len(preflight["links_gbit_s"]) == 2
     assert "run 0 ended with exit code 0" in command("logs", handle, text=True)
     assert command("status", run)["handle"] == handle
+
+
+def test_the_quickstart_on_two_nodes_ends_with_the_auc_of_one_host(command, cluster, tmp_path):
+    config = tmp_path / "quickstart.toml"
+    shutil.copy(ROOT / "configs/quickstart.toml", config)
+    wanted = small.train_here(config, "--set", "name=alone", seconds=QUICKSTART_SECONDS)
+    told = command("submit", config, "--on", "slurm", "--nodes", "2", "--nproc", "1", "--cpus", "1")
+    assert isinstance(told, dict), told
+    found = small.until(command, told["handle"], small.ended, "the end", seconds=QUICKSTART_SECONDS)
+    assert found["state"] == "succeeded", command("logs", told["handle"], text=True)
+    report = json.loads((Path(told["run_dir"]) / "report.json").read_text())
+    assert report["world_size"] == 2 and report["eval"]["rows"] == wanted["eval"]["rows"] > 0
+    assert report["eval"]["auc"] == pytest.approx(wanted["eval"]["auc"], abs=1e-6)
+    assert abs(report["eval"]["auc"] - report["bayes"]["auc"]) <= 0.01
 
 
 def test_cancel(command, cluster, tmp_path, data):
