@@ -7,7 +7,7 @@ launch/what_if.py                the same work on several clusters
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels import registry
 from kernels.errors import UserError
+from launch.ways_by_kind import ways_by_kind
 from sharding import planner, topology
 from sharding.bound import Options
 from sharding.cost import Choice, Kind, Prices, load, price
@@ -32,7 +33,10 @@ from sharding.work import Work
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be planned.  profiles: those beside the built-in ones.  again: the same on another cluster."""
+    """What is to be planned.  profiles: those beside the built-in ones.  again: the same on another cluster.
+
+    with_tables: the same with these overrides (trainer.config.TableOverride) after the config's own.
+    """
 
     name: str
     work: Work
@@ -42,6 +46,7 @@ class Asked:
     limits: Limits
     profiles: Mapping[str, Topology]
     again: Callable[[Topology], "Asked"]
+    with_tables: Callable[[Sequence[Any]], "Asked"]
 
     def on(self, cluster: str) -> "Asked":
         """The same on another cluster.  UserError where a table's own sharding does not fit it."""
@@ -60,6 +65,7 @@ def make(
     """config: of a run.  dataset: a dataset.json or its folder, where it is not at data.path.  cluster: such as
     "h100-80gb:16x8"; this machine with train.nproc ranks when None.  hbm, host_mem: instead of the config's."""
     from trainer import planning
+    from trainer.tables import with_overrides
 
     given = {"profiles": profiles, "hbm": hbm, "host_mem": host_mem}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -68,7 +74,6 @@ def make(
             quantity(value, "bytes", where=f"--{key.replace('_', '-')}")
     config = config.model_copy(update={"plan": config.plan.model_copy(update=changes)})
     data = opened(config, dataset)
-    model = planning.on_meta(config, data)
     known = planning.profiles_of(config)
     if cluster is None:
         import torch
@@ -79,7 +84,11 @@ def make(
     else:
         found = topology.parse(cluster, known)
 
-    def asked_on(cluster: Topology) -> Asked:
+    def asked_on(cluster: Topology, config: Any, model: Any) -> Asked:
+        def with_tables(overrides: Sequence[Any]) -> Asked:
+            changed = with_overrides(config, overrides)
+            return asked_on(cluster, changed, planning.on_meta(changed, data))
+
         return Asked(
             name=config.name,
             work=planning.work_of_config(config, data, model, device=cluster.device),
@@ -88,10 +97,11 @@ def make(
             rules=rules_of(model.embeddings, cluster, planning.constraints_of(config)),
             limits=planning.limits_of(config, cluster),
             profiles=known,
-            again=asked_on,
+            again=lambda other: asked_on(other, config, model),
+            with_tables=with_tables,
         )
 
-    return asked_on(found)
+    return asked_on(found, config, planning.on_meta(config, data))
 
 
 def opened(config: Any, path: Path | None) -> Any:
@@ -122,6 +132,7 @@ def answer(asked: Asked) -> dict[str, Any]:
         solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     except Infeasible as short:
         ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
+        ways += ways_by_kind(asked)
         return {
             "feasible": False,
             "cluster": asked.cluster.title,

@@ -286,6 +286,7 @@ class _Pricer:
         self.ids = np.array([t.ids for t in tables], float) * work.batch_size
         self.state_row = np.array([t.state_per_row for t in tables], float)
         self.state_column = np.array([t.state_per_column for t in tables], float)
+        self.map_row = np.array([t.map_per_row for t in tables], float)
         self.skews = [t.skew or Skew.of(rows=t.rows) for t in tables]
         self.distinct = np.array([s.distinct(n) for s, n in zip(self.skews, self.ids, strict=True)])
         self.local_distinct = np.array([s.distinct(n / self.world) for s, n in zip(self.skews, self.ids, strict=True)])
@@ -347,6 +348,7 @@ class _Pricer:
         device, host = np.zeros((len(BYTES), *shares.shape)), np.zeros((len(BYTES), *shares.shape))
         there = device if kind.tier == "device" else host
         there[0], there[1] = rows * row, rows * state
+        device[1] += rows * self.map_row[:, None]  # an update does not touch it, and no tier takes it elsewhere
         device[3] = 2 * vectors
         device[4] = (ID * ids + LENGTH * bags) * flight + SORT_BYTES * ids
         if kind.tier == "cache":

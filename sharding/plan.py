@@ -37,6 +37,7 @@ from kernels.errors import UserError
 from sharding import planner, topology
 from sharding.cost import Choice, Kind
 from sharding.embeddings import Embeddings
+from sharding.logical import logical_tables
 from sharding.own_sharding import check_row_types, check_rows, columns_per_shard, shardable
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
@@ -184,8 +185,9 @@ def work_of(
                 dim=stored_dim(table.dim),
                 bags=len(table.features),
                 ids=sum(ids),
-                state_per_row=per_row(4) - 4 * per_column + (by_id.bytes_per_row if by_id is not None else 0.0),
+                state_per_row=per_row(4) - 4 * per_column,
                 state_per_column=per_column,
+                map_per_row=0.0 if by_id is None else (by_id.map_bytes + by_id.filter_bytes) / table.rows,
                 skew=skew,
                 element=ROW_TYPES[table.row_type],
                 scale=ROW_SCALES[table.row_type],
@@ -390,7 +392,8 @@ def describe(
     A data_parallel table has one whole shard on every rank.
     """
     placed = _module_plan(plan)
-    ranks = [{"rank": r, "device": "", "table_bytes": 0, "optimizer_bytes": 0} for r in range(world_size)]
+    counted = {"table_bytes": 0, "optimizer_bytes": 0, "id_map_bytes": 0, "filter_bytes": 0}
+    ranks = [{"rank": r, "device": "", **counted} for r in range(world_size)]
     tables = []
     for t in embeddings.physical:
         sharding = placed[t.name]
@@ -402,13 +405,16 @@ def describe(
                 (m.placement.rank(), str(m.placement.device()), _extent(m)) for m in sharding.sharding_spec.shards
             ]
         entries, optimizer_bytes = [], 0
-        map_row = embeddings.by_id[t.name].bytes_per_row if t.name in embeddings.by_id else 0.0
+        by_id = embeddings.by_id.get(t.name)
+        beside = {"id_map_bytes": by_id.map_bytes if by_id else 0, "filter_bytes": by_id.filter_bytes if by_id else 0}
         for rank, device, (r0, r1, c0, c1) in shards:
-            of_row = loads[t.name].state_per_row - map_row + (c1 - c0) * loads[t.name].state_per_column
+            of_row = loads[t.name].state_per_row + (c1 - c0) * loads[t.name].state_per_column
             size, state = (r1 - r0) * t.row_bytes(c1 - c0), round((r1 - r0) * of_row)
             entries.append({"rank": rank, "rows": [r0, r1], "cols": [c0, c1], "bytes": size})
             ranks[rank]["table_bytes"] += size
             ranks[rank]["optimizer_bytes"] += state
+            for key, whole in beside.items():
+                ranks[rank][key] += whole * (r1 - r0) // t.rows
             ranks[rank]["device"] = device
             optimizer_bytes += state
         tables.append(
@@ -423,13 +429,14 @@ def describe(
                 "cache_share": (sharding.cache_params.load_factor or 0.0) if sharding.cache_params else 0.0,
                 "bytes": sum(e["bytes"] for e in entries),
                 "optimizer_bytes": optimizer_bytes,
-                "id_map_bytes": round(t.rows * map_row),
+                **beside,
                 "shards": entries,
             }
         )
     for entry in ranks:
         entry["device"] = entry["device"] or str(_device_type(plan))
-    return {"world_size": world_size, "planner": planner, "ranks": ranks, "tables": tables}
+    logical = logical_tables(embeddings, tables)
+    return {"world_size": world_size, "planner": planner, "ranks": ranks, "tables": tables, "logical": logical}
 
 
 def embeddings_of(task: nn.Module) -> Embeddings:

@@ -3,8 +3,8 @@
     ways_out(work, topology, rules=..., limits=..., short=...) -> [WayOut, ...]
 
 First those that leave the model as it is (rules lifted, a larger limit, more devices, a smaller batch), then those that
-change it: rows of 16 bits, fewer rows, fewer columns.  Of a number the smallest change that helps is searched by
-halving the distance: if one helps, all larger ones do.
+change it: rows of 16 or 8 bits, fewer rows, fewer columns; launch/ways_by_kind.py has the table kinds.  Of a number the
+smallest change that helps is searched by halving the distance: if one helps, all larger ones do.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from kernels.errors import UserError
 from sharding.cost import TIERS
 from sharding.planner import SPARE, Infeasible, Limits, Rule, gib, has_plan, solve
 from sharding.skew import Skew
+from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES
 from sharding.topology import Topology
 from sharding.work import TableLoad, Work
 
 BY_COLUMNS = frozenset({"column_wise", "table_column_wise", "grid_shard"})
-SMALL_ROW = 2  # bytes of an element of tables.row_type = "bf16"
 CUTS = 128  # how finely the share of the rows that is left is searched
 MOST_RANKS = 4096
 SCALES = (0.75, 0.5, 0.25, 0.125)  # of the columns
@@ -73,7 +73,7 @@ def ways_out(
         _larger_limits(asked, short),
         _more_devices(asked),
         _smaller_batches(asked),
-        _small_rows(asked),
+        *(_small_rows(asked, row_type) for row_type in ("bf16", "int8")),
         _fewer_rows(asked, max(work.tables, key=lambda t: t.bytes)),
         _fewer_rows(asked, None) if len(work.tables) > 1 else [],
         _fewer_columns(asked),
@@ -177,18 +177,34 @@ def _smaller_batches(asked: _Asked) -> list[_Try]:
     ]
 
 
-def _small_rows(asked: _Asked) -> list[_Try]:
-    large = [t for t in asked.work.tables if t.element > SMALL_ROW]
-    if not large:
+def _small_rows(asked: _Asked, row_type: str) -> list[_Try]:
+    """Rows of fewer bits in all tables that may have them: a copy on every rank has none of them
+    (sharding/own_sharding.py), and of the kernels those of a CPU alone have int8 (docs/tables.md)."""
+    if row_type == "int8" and asked.topology.device != "cpu":
         return []
-    saved = sum(t.bytes - t.rows * t.dim * SMALL_ROW for t in large)
-    tables = tuple(replace(t, element=min(t.element, SMALL_ROW)) for t in asked.work.tables)
-    how = f'rows of 16 bits: tables.row_type = "bf16" ({gib(saved)} less)'
-    return [_Try(how, {"row_type": "bf16"}, replace(asked, work=replace(asked.work, tables=tables)))]
+    copies = frozenset({"data_parallel"})
+    element, scale = ROW_TYPES[row_type], ROW_SCALES[row_type]
+    tables, rules, kept, saved = [], dict(asked.rules), [], 0
+    for table in asked.work.tables:
+        rule = asked.rules.get(table.name, Rule())
+        smaller = replace(table, element=element, scale=scale)
+        if smaller.bytes >= table.bytes or rule.shardings == copies:
+            tables.append(table)
+            kept += [table.name] if rule.shardings == copies else []
+            continue
+        tables.append(smaller)
+        saved += table.bytes - smaller.bytes
+        rules[table.name] = replace(rule, shardings=(rule.shardings or frozenset(SHARDING_TYPES)) - copies)
+    if not saved:
+        return []
+    but = f", but for {', '.join(kept[:4])}{' and others' if len(kept) > 4 else ''}" if kept else ""
+    how = f'rows of {8 * element} bits: tables.row_type = "{row_type}"{but} ({gib(saved)} less)'
+    changed = replace(asked, work=replace(asked.work, tables=tuple(tables)), rules=rules)
+    return [_Try(how, {"row_type": row_type}, changed)]
 
 
 def _fewer_rows(asked: _Asked, only: TableLoad | None) -> list[_Try]:
-    """Compositional or hashed tables: one table, or all, with a share of the rows."""
+    """One table, or all, with a share of the rows."""
     found = []
     for part in range(CUTS - 1, 0, -1):
         work = _scaled(asked.work, rows=part / CUTS, only=only)
@@ -200,7 +216,7 @@ def _fewer_rows(asked: _Asked, only: TableLoad | None) -> list[_Try]:
             left = only.rows - fewer
             how = f"{only.name!r} with {left:,} rows instead of {only.rows:,} ({fewer:,} fewer)"
             change = {"table": only.name, "rows": left}
-        found.append(_Try(f"compositional or hashed tables: {how}", change, replace(asked, work=work)))
+        found.append(_Try(f"fewer rows: {how}", change, replace(asked, work=work)))
     return found
 
 

@@ -17,6 +17,7 @@ class TableLoad:
     dim: stored columns.  bags, ids: per sample, over all features of the table.
     state_per_row, state_per_column: bytes of optimizer state of a row: state_per_row + columns * state_per_column,
         counted anew for each part by columns.
+    map_per_row: bytes of the id map and its counting filter, where rows are given to ids (sharding/by_id.py).
     """
 
     name: str
@@ -26,6 +27,7 @@ class TableLoad:
     ids: float = 1.0
     state_per_row: float = 4.0
     state_per_column: float = 0.0
+    map_per_row: float = 0.0
     skew: Skew | None = field(default=None, compare=False)
     element: int = ELEMENT  # bytes of a weight as it is stored
     scale: int = 0  # bytes of a row beside its weights, in each part by columns: the scale of a row of int8

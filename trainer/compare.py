@@ -29,10 +29,10 @@ from sharding.tables.base import ROW_TYPES, Table
 from trainer import config as configs
 from trainer import report
 from trainer.charts import Rule, Series, line_chart
-from trainer.config import Config, TableOverride
+from trainer.config import Config
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import open_dataset
-from trainer.tables import resolve, settle
+from trainer.tables import overrides_of, resolve, with_overrides
 
 LATENCY_BATCHES = 30
 ROW_TYPE = "row_type"  # of --kinds, beside the options of a kind
@@ -102,22 +102,7 @@ def plan_cells(
 
 
 def _cell(config: Config, dataset: Dataset, kind: str, budget: float, seed: int, tables: Sequence[Table]) -> Cell:
-    overrides = tuple(
-        TableOverride(
-            match=table.features,
-            kind=table.kind,
-            options=table.options,
-            row_type=table.row_type,
-            table=table.name if len(table.features) > 1 else None,
-        )
-        for table in settle(tables)
-    )
-    changed = config.model_copy(
-        update={
-            "seed": seed,
-            "tables": config.tables.model_copy(update={"override": (*config.tables.override, *overrides)}),
-        }
-    )
+    changed = with_overrides(config, overrides_of(tables)).model_copy(update={"seed": seed})
     text = changed.located().to_toml()
     key = hashlib.sha256(f"{text}\n{dataset.fingerprint}".encode()).hexdigest()[:20]
     return Cell(kind=kind, budget=budget, seed=seed, config=text, key=key)
@@ -214,14 +199,19 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         test = built.eval_reader(split)
         figures = evaluate(built.model, test, built.metrics(), world=world)
         latency = _lookup_ms(built, test)
-    physical = sum(table["bytes"] for table in built.plan["tables"])
     combine = built.model.module.embeddings.combine
     dense = sum(p.numel() * p.element_size() for p in combine.parameters())
+
+    def planned(key: str) -> int:
+        return sum(table[key] for table in built.plan["tables"])
+
     return {
-        "bytes": physical + dense,
-        "table_bytes": physical,
-        "optimizer_bytes": sum(table["optimizer_bytes"] for table in built.plan["tables"]),
-        "id_map_bytes": sum(table["id_map_bytes"] for table in built.plan["tables"]),
+        "bytes": dense + sum(planned(key) for key in ("bytes", "id_map_bytes", "filter_bytes")),
+        "table_bytes": planned("bytes"),
+        "dense_bytes": dense,
+        "id_map_bytes": planned("id_map_bytes"),
+        "filter_bytes": planned("filter_bytes"),
+        "optimizer_bytes": planned("optimizer_bytes"),
         "rows_used": _rows_used(built),
         "auc": figures["auc"],
         "logloss": figures["logloss"],

@@ -93,6 +93,26 @@ def settle(tables: Sequence[Table]) -> tuple[Table, ...]:
     return tuple(settled.values())
 
 
+def overrides_of(tables: Sequence[Table]) -> tuple[TableOverride, ...]:
+    """What a config says after its own overrides to have these tables in place of those it would have."""
+    return tuple(
+        TableOverride(
+            match=table.features,
+            kind=table.kind,
+            options=table.options,
+            row_type=table.row_type,
+            table=table.name if len(table.features) > 1 else None,
+        )
+        for table in settle(tables)
+    )
+
+
+def with_overrides(config: Config, overrides: Sequence[TableOverride]) -> Config:
+    """The config with these after its own."""
+    tables = config.tables.model_copy(update={"override": (*config.tables.override, *overrides)})
+    return config.model_copy(update={"tables": tables})
+
+
 def _table(name: str, members: list[tuple[Categorical, dict]]) -> Table:
     first_feature, first = members[0]
     for feature, options in members[1:]:

@@ -225,14 +225,24 @@ class ById:
         return list(zip(ends, ends[1:], strict=False))
 
     @property
-    def bytes_per_row(self) -> float:
-        """Of the id map and its filter, for each row of the limit: slots of 16 bytes that are 80% full, 4 bytes of use
-        counts, and two halves of 8 counters for each occurrence of the window."""
+    def map_bytes(self) -> int:
+        """Of the id map at the limit, on all ranks together: slots of 16 bytes that are 80% full, in at least 64 lines
+        of four; for "lfu" 4 bytes of use counts, which grow twofold; where ids expire, the free rows.  The filter is
+        beside it."""
+        policy = self.policy
+        slots = 64 * max(64, -(-policy.limit * 5 // 16) + 1)
+        return slots + ((8 if policy.evict == "lfu" else 0) + (8 if self.expires else 0)) * policy.limit
+
+    @property
+    def filter_bytes(self) -> int:
+        """Of the counting filter, on all ranks together; 0 where ids are admitted at once."""
         from kernels.id_maps.base import COUNTERS, PARTS
 
-        policy = self.policy
-        counters = 2 * PARTS * COUNTERS * policy.lines / policy.limit
-        return 20 + (4 if policy.evict == "lfu" else 0) + counters
+        return 2 * PARTS * COUNTERS * self.policy.lines
+
+    @property
+    def expires(self) -> bool:
+        return self.expire_steps is not None or self.expire_hours is not None
 
 
 def shares(tables: Sequence[Table], budget: int) -> list[int]:

@@ -43,6 +43,9 @@ REFUSED = {
     "table_row_wise": "ids are spread over all ranks by their hash, not over those of one host",
     "grid_shard": "ids are spread over all ranks by their hash, not over those of one host",
 }
+# Of `fit`: with a window of once the limit few ids come often enough inside it to be admitted, and rows stay empty;
+# with more the filter takes what rows could have.  docs/tables.md has the figures.
+WINDOW_PER_ROW = 4
 assert set(EVICT) == {"off", "lru", "lfu"}
 
 
@@ -90,15 +93,33 @@ def reference(table: Table, feature: str, id: int, weights: Mapping[str, Any]) -
 
 
 def fit(tables: Sequence[Table], budget: int) -> tuple[Table, ...]:
-    """The tables with limits whose rows take the budget.  The id maps come on top: ById.bytes_per_row."""
+    """The tables with limits, and filters in proportion, such that rows, id map and filter take the budget together."""
     fitted = []
     for table, share in zip(tables, shares(tables, budget), strict=True):
-        rows = min(share // table.row_bytes(table.dim) - PARTS, max(PARTS, table.rows))
-        if rows < PARTS:
-            smallest = sum(2 * PARTS * t.row_bytes(t.dim) for t in tables)
-            raise too_small(tables, budget, smallest, f"{PARTS} ids, and a default row for each of {PARTS} ranks")
-        fitted.append(replace(table, options=table.options | {"rows": rows}))
+        low, high = PARTS, max(PARTS, min(table.rows, LARGEST_LIMIT))
+        smallest = whole_bytes(_limited(table, low))
+        if share < smallest:
+            why = f"rows, id map{' and filter' if _options(table).admit_after > 1 else ''} of {PARTS} ids"
+            raise too_small([table], share, smallest, f"{why}, and a default row for each of {PARTS} ranks")
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if whole_bytes(_limited(table, middle)) <= share else (low, middle - 1)
+        fitted.append(_limited(table, low))
     return tuple(fitted)
+
+
+def whole_bytes(table: Table) -> int:
+    """Bytes that the table has at its limit: rows, id map and filter; without optimizer state."""
+    lowered = lower(table)
+    return lowered.tables[0].bytes + lowered.by_id.map_bytes + lowered.by_id.filter_bytes
+
+
+def _limited(table: Table, rows: int) -> Table:
+    """The table with this limit and, unless its options say how large, a filter that is in proportion."""
+    options = table.options | {"rows": rows}
+    if _options(table).admit_after > 1 and "window" not in table.options:
+        options["window"] = min(MOST_ROWS, WINDOW_PER_ROW * rows)
+    return replace(table, options=options)
 
 
 def _options(table: Table) -> CollisionlessOptions:

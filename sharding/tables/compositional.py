@@ -112,17 +112,19 @@ def sizes_for(ids: int, parts: int, *, coprime: bool, rows: int | None = None) -
     rows: the most they may be together, of which they use as many as they can; None: about as few as there can be.
     coprime: in pairs.  Raises ValueError when `rows` is too few.
     """
+    fewest = _coprime(_balanced(ids, parts), ids) if coprime else _balanced(ids, parts)
     if rows is None:
-        return _coprime(_balanced(ids, parts), ids) if coprime else _balanced(ids, parts)
+        return fewest
+    if rows < sum(fewest):  # not found out by trying: below it there may be 2**31 first sizes
+        raise ValueError(f"no {parts} sizes of {rows} rows together have a product of {ids}")
     first = min(rows - parts + 1, max(ids - 1, 1))
-    while first >= 1:
-        rest = _balanced(-(-ids // first), parts - 1)
-        sizes = _coprime((first, *rest), ids) if coprime else (first, *rest)
-        over = sum(sizes) - rows
-        if over <= 0:
+    while first > fewest[0]:
+        plain = (first, *_balanced(-(-ids // first), parts - 1))
+        sizes = _coprime(plain, ids) if coprime else plain
+        if sum(sizes) <= rows:
             return sizes
-        first -= max(1, over) if not coprime else 1
-    raise ValueError(f"no {parts} sizes of {rows} rows together have a product of {ids}")
+        first -= max(1, sum(plain) - rows)
+    return fewest
 
 
 def _balanced(ids: int, parts: int) -> tuple[int, ...]:

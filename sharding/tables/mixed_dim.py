@@ -19,7 +19,7 @@ Options, of which one of dims, base_dim and budget is needed:
     ordered   true says that ids are numbered by popularity, where the dataset does not.
 
 Columns are stored in fours, so the rule gives multiples of 4, and at least 4.  The projections, D * d values a block,
-are dense weights beside the rows: replicated, and not in the budget.
+are dense weights beside the rows: replicated, and not in the budget; `fit` lets them exceed it by a twentieth at most.
 """
 
 import math
@@ -43,6 +43,7 @@ VARIANTS = (
     {"dims": [8, 4], "blocks": [7], "ordered": True},
     {"budget": 0.5},
 )
+OVER = 0.05  # of a byte budget, by which projections may exceed it (the rows alone may not)
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -125,17 +126,38 @@ def together(tables: Sequence[Table]) -> tuple[Table, ...]:
 
 
 def fit(tables: Sequence[Table], budget: int) -> tuple[Table, ...]:
-    """`dims` by the rule under one budget for all the tables."""
-    full = sum(table.bytes for table in tables)
-    kept = [
-        replace(
-            table,
-            options={k: v for k, v in table.options.items() if k not in ("dims", "base_dim")}
-            | {"budget": min(1.0, budget / full)},
-        )
-        for table in tables
-    ]
-    return together(kept)
+    """`dims` by the rule under one budget for all the tables; projections may exceed it by OVER."""
+    full, room, most = sum(table.bytes for table in tables), budget, int((1 + OVER) * budget)
+    while True:
+        kept = [
+            replace(
+                table,
+                options={k: v for k, v in table.options.items() if k not in ("dims", "base_dim")}
+                | {"budget": min(1.0, max(room, 1) / full)},
+            )
+            for table in tables
+        ]
+        try:
+            fitted = together(kept)
+        except UserError:
+            if room == budget:
+                raise
+            narrow = [replace(t, options=t.options | {"dims": [ALIGNED] * len(t.options["dims"])}) for t in fitted]
+            smallest = sum(_rows_bytes(t) + _projection_bytes(t) for t in narrow)
+            smallest = math.ceil(smallest / (1 + OVER))
+            raise too_small(tables, budget, smallest, f"{ALIGNED} columns for every row, and projections") from None
+        over = sum(_rows_bytes(t) + _projection_bytes(t) for t in fitted) - most
+        if over <= 0:
+            return fitted
+        room -= over  # until no rows fit beside the projections: then `together` says so
+
+
+def _rows_bytes(table: Table) -> int:
+    return sum(physical.bytes for physical in lower(table).tables)
+
+
+def _projection_bytes(table: Table) -> int:
+    return sum(4 * table.dim * dim for dim in table.options["dims"] if dim < table.dim)
 
 
 def _settle(tables: Sequence[Table]) -> dict[str, Table]:

@@ -109,6 +109,37 @@ def test_what_does_not_fit_has_ways_out(command, small):
     assert code == 1 and found["feasible"] is False and found["short_by_bytes"] > 0 and found["ways_out"]
 
 
+def test_row_types_and_table_kinds_are_ways_out_that_work(command, small):
+    """3.2 GiB of tables and states in 3 GiB of host memory; with the overrides of a kind the config has a plan."""
+    words = (*PLAN, "--cluster", "cpu:1x2", "--host-mem", "3GiB")
+    code, out, _ = command(*words, "--json")
+    changes = [way["change"] for way in json.loads(out)["ways_out"]]
+    kinds = {change["kind"]: change for change in changes if "kind" in change}
+    assert code == 1 and {c["row_type"] for c in changes if "row_type" in c} == {"bf16", "int8"}
+    assert set(kinds) == {"compositional", "mixed_dim", "unified", "hashed", "collisionless"}
+    assert all(change["tables"] == ["user", "item"] and 0.3 < change["share"] < 1 for change in kinds.values())
+    for kind, row_type in (("unified", None), ("collisionless", None), (None, "int8")):
+        text = 'tables.row_type="int8"' if row_type else f"tables.override={toml(kinds[kind]['overrides'])}"
+        code, out, err = command(*words, "--json", "--set", text)
+        found = json.loads(out)
+        assert code == 0 and found["feasible"], err
+        assert kind in (None, *(t["kind"] for t in found["plan"]["tables"]))
+    assert [t["physical"] for t in found["plan"]["logical"]] == [[name] for name in ROWS]
+
+
+def toml(value) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
+    return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def test_rows_of_int8_and_id_maps_are_no_way_out_on_a_gpu(command, small):
+    code, out, _ = command(*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.9GiB", "--host-mem", "2GiB", "--json")
+    changes = [way["change"] for way in json.loads(out)["ways_out"]]
+    assert code == 1 and not any(c.get("row_type") == "int8" or c.get("kind") == "collisionless" for c in changes)
+    assert {c["row_type"] for c in changes if "row_type" in c} <= {"bf16"}
+
+
 def test_a_page_of_the_plan(command, small):
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x4", "--html", "plan.html")
     page = (small / "plan.html").read_text()

@@ -240,3 +240,66 @@ def test_what_cannot_be_is_refused_with_the_numbers_and_a_way_out(call, words):
     with pytest.raises(UserError) as error:
         call()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_sizes_for_the_fewest_rows_are_found_at_once_for_ids_of_62_bits():
+    """A search from the largest first size down would take 2**31 steps."""
+    for coprime in (False, True):
+        fewest = sum(compositional.sizes_for(2**62, 2, coprime=coprime))
+        for more in (0, 3, 1000):
+            sizes = compositional.sizes_for(2**62, 2, coprime=coprime, rows=fewest + more)
+            assert math.prod(sizes) >= 2**62 and sum(sizes) <= fewest + more
+            assert not coprime or math.gcd(*sizes) == 1
+        with pytest.raises(ValueError, match="no 2 sizes"):
+            compositional.sizes_for(2**62, 2, coprime=coprime, rows=fewest - 1)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"blocks": [10], "ordered": True}])
+def test_projections_are_in_the_budget_of_mixed_dim(blocks):
+    """Where tables are small beside D * D: 200 rows of 16 columns are 12,800 bytes, a projection to 8 of them 512."""
+    tables = [table("mixed_dim", name=f"t{i}", rows=200, **blocks) for i in range(2)]
+    whole = []
+    for budget in range(8000, 25_600, 800):
+        fitted = mixed_dim.fit(tables, budget)
+        dense = sum(p.numel() * 4 for t in fitted for p in (lower(t).combine or torch.nn.Module()).parameters())
+        assert size_of(fitted) <= budget and size_of(fitted) + dense <= 1.05 * budget
+        whole.append(size_of(fitted) + dense)
+    assert whole[-1] > 0.8 * 25_600
+    with pytest.raises(UserError, match=r"6,4\d\d bytes is below .* and projections"):
+        mixed_dim.fit(tables, 6450)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("hashed", {"rows": 1, "seeds": 3}),
+        ("hashed", {"rows": 1, "seeds": 4, "combine": "concat"}),
+        ("compositional", {}),
+        ("compositional", {"op": "add", "partition": "chinese", "parts": 3}),
+        ("mixed_dim", {"budget": 1.0}),
+        ("mixed_dim", {"base_dim": 1}),
+        ("unified", {"rows": 1, "lookups": 2}),
+        ("standard", {}),
+    ],
+)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 4), (1, 1), (2, 6), (3, 8)])
+def test_the_smallest_tables(kind, options, rows, dim):
+    """Of one id, of one column; what does not divide is refused by name."""
+    small = Table(name="t", rows=rows, dim=dim, features=("f",), kind=kind, options=options)
+    parts = options.get("seeds") if options.get("combine") else options.get("lookups", 1)
+    if dim % parts:
+        with pytest.raises(UserError, match=rf"'t'.*dim {dim} does not divide"):
+            lower(small)
+        return
+    lowered = lower(small)
+    largest = max(part.rows for part in lowered.tables)
+    for source in lowered.sources.values():
+        ids_N = torch.arange(rows)
+        kept_N = ids_N if source.keep is None else ids_N[source.keep(ids_N)]
+        rows_N = kept_N if source.ids is None else source.ids(kept_N)
+        assert (rows_N >= 0).all() and (rows_N < largest).all()
+    module = registry.load("sharding.tables", kind)
+    weights = {t.name: full_table(t, seed=1) for t in lowered.tables}
+    weights |= {name: torch.ones_like(p) for name, p in (lowered.combine or torch.nn.Module()).named_parameters()}
+    for id in range(rows):
+        assert module.reference(small, "f", id, weights).shape == (dim,)

@@ -10,6 +10,7 @@ from kernels.errors import UserError
 from sharding import topology
 from sharding.embeddings import build_embeddings
 from sharding.plan import embeddings_of, has_fused_tables, plan_task, work_of
+from sharding.planner import Limits
 from sharding.tables.base import SHARDING_TYPES, Table
 
 
@@ -170,3 +171,28 @@ def test_a_plan_file_that_does_not_fit_is_refused(change, words, tmp_path):
     with pytest.raises(UserError) as error:
         from_json(described, tmp_path / "plan.json", table("row_wise"), world=4, local=4)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+def test_id_maps_and_filters_are_priced_and_limited(sharding):
+    """1,000 rows: 314 lines of 64 bytes; a window of 65,536 in 256 parts of 32 lines, two halves each; 16 bytes an
+    occurrence."""
+    options = {"rows": 1000, "admit_after": 10}
+    given = Table(
+        name="t", rows=5000, dim=16, features=("f",), kind="collisionless", options=options, sharding=sharding
+    )
+    found = plan_of(given, table("table_wise", name="u"), world=2)
+    assert [t["id_map_bytes"] for t in found["tables"]] == [64 * 314, 0]
+    assert [t["filter_bytes"] for t in found["tables"]] == [16 * 65_536, 0]
+    keys = ("table_bytes", "optimizer_bytes", "id_map_bytes", "filter_bytes")
+    for rank, priced in zip(found["ranks"], found["predicted"]["table_and_state_bytes"], strict=True):
+        assert priced == pytest.approx(sum(rank[key] for key in keys), rel=0.01)
+    (logical, _) = found["logical"]
+    assert logical["rows"] == 5000 and logical["physical_rows"] == 1256 and logical["standard_bytes"] == 5000 * 64
+    assert logical["filter_bytes"] == 16 * 65_536 and logical["options"] == options
+    task = Task(given)
+    cluster = topology.detect(world_size=1, local_world_size=1, device="cpu")
+    work = work_of(embeddings_of(task), batch_size=64)
+    room = int(0.4 * 2**30) + 500_000  # for rows and map, not for the filter
+    with pytest.raises(UserError, match=r"'t'.*short by"):
+        plan_task(task, work, cluster, limits=Limits(device=room))

@@ -4,6 +4,7 @@ import json
 import tomllib
 
 import pytest
+import torch
 from torch import nn
 
 from kernels.errors import UserError
@@ -47,6 +48,7 @@ BIG = DATASET.model_copy(
     update={"categorical": tuple(Categorical(name=f"f{i}", cardinality=3000 + i) for i in range(3))}
 )
 ASKED = ["hashed", "compositional", "unified:lookups=2", "collisionless", "hashed:row_type=int8", "mixed_dim"]
+ADMITTING = ["collisionless:admit_after=2", "collisionless:admit_after=2:evict=lfu:expire_steps=9"]
 
 
 def held(asked, budgets):
@@ -61,10 +63,22 @@ def held(asked, budgets):
         plan = make_plan(task, world_size=1, local_world_size=1, device=CPU, batch_size=4)
         optim = sgd.table(sgd.Config(lr=1.0))
         parallelize(task, plan, device=CPU, seed=1, init_dense=init_dense, kernel="cpu", optimizer=optim)
-        size = sum(kernel.bags.state.bytes() for kernel in kernels_of(task))
+        size = sum(kernel.bags.state.bytes() for kernel in kernels_of(task)) + map_bytes(task)
         size += sum(p.numel() * p.element_size() for p in task.embeddings.combine.parameters())
         found.append((cell.kind, cell.budget, size))
     return found, [(r["kind"], r["budget"]) for r in refused]
+
+
+def map_bytes(task) -> int:
+    """Of the id maps and filters of the tables that have them, filled up to their limits."""
+    collection, size = task.embeddings.ebc_by_id, 0
+    for given in (given for kernel in (collection.kernels if collection else ()) for given in kernel.rows):
+        for clock in range(1, given.by_id.policy.admit_after + 1):
+            given.map.admit(torch.arange(given.map.limit), clock=clock)
+        store = given.map._store
+        assert given.map.size > 0.99 * given.map.limit
+        size += sum(array.nbytes for array in (store.slots, store.filter, store.free, store.uses))
+    return size
 
 
 def test_the_memory_that_tables_have_is_at_most_a_twentieth_above_the_budget():
@@ -74,6 +88,19 @@ def test_the_memory_that_tables_have_is_at_most_a_twentieth_above_the_budget():
     full = 4 * 8 * sum(c.cardinality for c in BIG.categorical)
     shares = {(kind, budget): size / (budget * full) for kind, budget, size in found}
     assert all(0.9 < share <= 1.05 for share in shares.values()), shares
+
+
+def test_filters_are_in_the_budget_or_the_cell_is_refused_with_its_reason():
+    ((found, refused),) = run_ranks(held, 1, ADMITTING, [1.0, 0.25])
+    full = 4 * 8 * sum(c.cardinality for c in BIG.categorical)
+    shares = {(kind, budget): size / (budget * full) for kind, budget, size in found}
+    assert all(share <= 1.05 for share in shares.values()), shares
+    assert all(share > 0.5 for share in shares.values()), shares  # a filter grows in steps of 32 KiB
+    assert {kind for kind, budget in refused} == set(ADMITTING) and all(budget == 0.25 for _, budget in refused)
+    cells, why = compare.plan_cells(config({"dim": 8}), BIG, kinds=ADMITTING[:1], budgets=[1.0, 0.25], seeds=1)
+    (table, *_) = tomllib.loads(cells[0].config)["tables"]["override"]
+    assert table["options"]["window"] == 4 * table["options"]["rows"]
+    assert "rows, id map and filter of 256 ids" in why[0]["why"] and "'f0'" in why[0]["why"]
 
 
 @pytest.mark.parametrize(
