@@ -24,7 +24,7 @@ of D columns is taken over the stored ones.)
 Shapes: B rows, F features, D dim of a feature, X sum of the dims, N ids of a feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,8 +41,21 @@ DATA_TYPES = {"fp32": DataType.FP32, "bf16": DataType.BF16, "fp16": DataType.FP1
 
 
 def lower(table: Table) -> Lowered:
-    """What the table's kind makes of it."""
-    return registry.load("sharding.tables", table.kind).lower(table)
+    """What the table's kind makes of it.  UserError where that cannot be pooled."""
+    lowered = registry.load("sharding.tables", table.kind).lower(table)
+    if lowered.by_id is not None and (lowered.per_id or lowered.combine is not None or len(lowered.tables) != 1):
+        raise UserError(
+            f"table {table.name!r}: kind {table.kind!r} gives rows to ids (by_id) and lowers to {len(lowered.tables)} "
+            f"tables{' with a combine' if lowered.combine is not None else ''}{' per id' if lowered.per_id else ''}: "
+            f"rows given to ids are pooled as they are (pooling = {table.pooling!r}), from one table; leave out "
+            "combine and per_id, or map the ids without by_id"
+        )
+    if lowered.per_id and lowered.combine is None:
+        raise UserError(
+            f"table {table.name!r}: kind {table.kind!r} says per_id, that its vectors are combined before they are "
+            f"pooled (pooling = {table.pooling!r}), and has no combine; give one, or leave per_id out"
+        )
+    return lowered
 
 
 def physical_tables(tables: Sequence[Table]) -> tuple[Table, ...]:
@@ -107,6 +120,7 @@ class Embeddings(nn.Module):
         dim_of = {feature: table.dim for table in tables for feature in table.features}
         self.dims = tuple(dim_of[feature] for feature in features)
         lowered = {table.name: lower(table) for table in tables}
+        _check_names(lowered)
         self.logical: dict[str, Table] = {p.name: table for table in tables for p in lowered[table.name].tables}
         alone = {t.name for t in tables if lowered[t.name].per_id and (t.multi_hot or weighted)}
         by_id = [t for t in tables if lowered[t.name].by_id is not None]
@@ -158,6 +172,20 @@ class Embeddings(nn.Module):
         """What is left to do to the tables between a backward and the next forward, a checkpoint or an evaluation."""
         if self.ebc_by_id is not None:
             self.ebc_by_id.after_backward()
+
+
+def _check_names(lowered: Mapping[str, Lowered]) -> None:
+    """UserError where the features of two tables become one physical feature: "f" in two parts has "f#0" and "f#1"."""
+    owner: dict[str, tuple[str, str]] = {}
+    for table, low in lowered.items():
+        for name, source in low.sources.items():
+            if name in owner:
+                feature, other = owner[name]
+                raise UserError(
+                    f"features {feature!r} of table {other!r} and {source.feature!r} of table {table!r} would both be "
+                    f"looked up as {name!r}: parts of a feature are named like it, with '#' and a number; rename one"
+                )
+            owner[name] = (source.feature, table)
 
 
 class ByIdCollection(EmbeddingBagCollection):

@@ -1,7 +1,10 @@
 """The look-up by itself, not sharded: order, pooling, padding, kinds, errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from kernels.errors import UserError
@@ -110,3 +113,27 @@ def test_what_cannot_be_built_is_named(tables, features, words):
     with pytest.raises(UserError) as error:
         build_embeddings(tables=tables, features=features)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_features_that_would_be_one_physical_feature_are_refused():
+    parts = Table(name="t", rows=40, dim=8, features=("f",), kind="hashed", options={"rows": 5, "seeds": 2})
+    with pytest.raises(UserError, match=r"'f' of table 't' and 'f#1' of table 'u'.*'f#1'.*rename one"):
+        build_embeddings(tables=(parts, Table(name="u", rows=9, dim=8, features=("f#1",))), features=("f", "f#1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"per_id": True}, "per id: rows given to ids are pooled as they are"),
+        ({"combine": nn.Identity()}, "with a combine"),
+        ({"by_id": None, "per_id": True}, "says per_id.*has no combine"),
+    ],
+)
+def test_a_kind_that_cannot_pool_as_asked_is_named(monkeypatch, changes, words):
+    from sharding.tables import collisionless
+
+    given = Table(name="t", rows=300, dim=8, features=("f",), kind="collisionless", pooling="mean")
+    odd = replace(collisionless.lower(given), **changes)
+    monkeypatch.setattr(collisionless, "lower", lambda table: odd)
+    with pytest.raises(UserError, match=rf"table 't': kind 'collisionless'.*{words}"):
+        build_embeddings(tables=(given,), features=("f",))
