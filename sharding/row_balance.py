@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from kernels.id_map import owner_of
 from sharding.embeddings import Embeddings
 
 
 @torch.no_grad()
 def row_balance(embeddings: Embeddings, ids: KeyedJaggedTensor, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of every table in `plan` (sharding.plan.describe) with parts of several rows, but those given to ids.
+    """Of every table in `plan` (sharding.plan.describe) with parts of several rows.
 
     All ranks together; ids: of this rank's part of the batch.  lookups: over all ranks; fullest: the most of a part,
-    divided by the mean.
+    divided by the mean.  Where rows are given to ids, an id's hash says which part it is looked up in.
     """
     rows_of: dict[str, Tensor] = {}
     if embeddings.ebc is not None:
@@ -35,10 +36,15 @@ def row_balance(embeddings: Embeddings, ids: KeyedJaggedTensor, plan: dict[str, 
     found = []
     for table in plan["tables"]:
         firsts = sorted({shard["rows"][0] for shard in table["shards"]})
-        if len(firsts) < 2 or table["name"] in embeddings.by_id:
+        if len(firsts) < 2:
             continue
-        rows_N = torch.cat([rows_of[feature] for feature in table["features"]]).long().cpu()
-        part_N = torch.bucketize(rows_N, torch.tensor(firsts), right=True) - 1
+        by_id = embeddings.by_id.get(table["name"])
+        if by_id is None:
+            rows_N = torch.cat([rows_of[feature] for feature in table["features"]]).long().cpu()
+            part_N = torch.bucketize(rows_N, torch.tensor(firsts), right=True) - 1
+        else:
+            ids_N = torch.cat([ids[feature].values() for feature in table["features"]]).long().cpu()
+            part_N = owner_of(ids_N, ranks=len(firsts), seed=by_id.policy.seed)
         ranks = [[s["rank"] for s in table["shards"] if s["rows"][0] == first] for first in firsts]
         count_P = torch.bincount(part_N, minlength=len(firsts)).to(ids.values().device)
         dist.all_reduce(count_P)

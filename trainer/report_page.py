@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trainer import report_saves
+from trainer import report_saves, report_tables
 from trainer.charts import Rule, Series, calibration_chart, line_chart
 from trainer.words import bound_text, count, duration, figure, milliseconds, moment, percent, runs, size
 
@@ -28,6 +28,7 @@ SHARDING_COLOURS = {
 PHASE_COLOURS = {"data_wait": 2, "forward": 1, "backward": 3, "optimizer": 5, "other": 8}
 MAP_RANKS = 16  # above it the placement of a table is words, not cells
 CALIBRATION_TASKS = 6
+RANK_BYTES = ("table_bytes", "optimizer_bytes", "id_map_bytes", "filter_bytes")
 # The share of the way from guessing (0.5) to the best possible AUC from which a run counts as having learned.
 LEARNED, LEARNED_SOME = 0.9, 0.1
 
@@ -67,6 +68,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "foretold": report.get("foretold") or [],
         "planner": plan.get("planner"),
         "tables": _tables(plan),
+        "logical": report_tables.view(report),
         "id_maps": _dict(report, "id_maps"),
         "row_balance": report.get("row_balance") or [],
         "shardings": _shardings(plan),
@@ -263,7 +265,7 @@ def _phases(report: dict) -> list[dict[str, Any]]:
 def _ranks(plan: dict) -> list[dict[str, Any]]:
     """Per rank a bar of its shards, largest first, in units of the fullest rank."""
     ranks = plan.get("ranks") or []
-    fullest = max(((r.get("table_bytes") or 0) + (r.get("optimizer_bytes") or 0) for r in ranks), default=0)
+    fullest = max((sum(r.get(key) or 0 for key in RANK_BYTES) for r in ranks), default=0)
     if not fullest:
         return []
     shards: dict[int, list[dict]] = {r["rank"]: [] for r in ranks}
@@ -277,15 +279,18 @@ def _ranks(plan: dict) -> list[dict[str, Any]]:
             )
     found = []
     for r in ranks:
-        optimizer = r.get("optimizer_bytes") or 0
-        total = (r.get("table_bytes") or 0) + optimizer
+        tables, optimizer, *maps = (r.get(key) or 0 for key in RANK_BYTES)
+        tip = f"optimizer state · {size(optimizer)}" + (
+            f"; id maps and filters · {size(sum(maps))}" if any(maps) else ""
+        )
         found.append(
             {
                 "rank": r["rank"],
                 "device": r.get("device") or "",
                 "shards": sorted(shards[r["rank"]], key=lambda s: -s["share"]),
-                "optimizer": {"share": optimizer / fullest, "tip": f"optimizer state · {size(optimizer)}"},
-                "text": size(total),
+                "optimizer": {"share": (optimizer + sum(maps)) / fullest, "tip": tip},
+                "maps": any(maps),
+                "text": size(tables + optimizer + sum(maps)),
             }
         )
     return found

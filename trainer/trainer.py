@@ -25,7 +25,7 @@ from sharding.compute_kernel import kernels_of
 from sharding.parallelize import parallelize
 from sharding.plan import plan_task
 from sharding.row_balance import row_balance
-from trainer import pulse, report, restarts
+from trainer import pulse, report, report_tables, restarts
 from trainer.checkpoint import lock
 from trainer.checkpoint.restore import place_of
 from trainer.checkpoint.session import Progress, Session, Stopped, restored
@@ -202,6 +202,7 @@ def _train(
     during, final = eval_splits(config, dataset)
     steps_total = config.train.max_steps or reader.steps_per_epoch * config.train.epochs
     result = _first_report(built, run_dir, started) | {"status": "running"}
+    result["tables"] = report_tables.tables(built.plan, result, built.config.optim.sparse.kind)
     if world.is_first:
         report.write_json(run_dir, result)
         report.write_json(run_dir, built.plan, name="plan.json")
@@ -317,6 +318,7 @@ def _train(
         "restarts": restarts.read(run_dir),
     }
     result["foretold"] = foretold(built.plan, result)
+    result["tables"] = report_tables.tables(built.plan, result, built.config.optim.sparse.kind)
     log.event("end", status="finished", seconds=time.monotonic() - began)
     if world.is_first:
         report.write_json(run_dir, result)

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from kernels.hashing import bucket_of
+from kernels.hashing import bucket_of, mix64_of
 from sharding.embeddings import build_embeddings
 from sharding.row_balance import row_balance
 from sharding.tables.base import Table
@@ -22,7 +22,15 @@ SHARED = Table(
 )
 PLAIN = Table(name="c", features=("c",), rows=10, dim=8, sharding="row_wise")
 WHOLE = Table(name="d", features=("d",), rows=10, dim=8, sharding="table_wise")
-IDS = {"a": [[1, 2, 3], [0, 49]], "b": [[7], []], "c": [[0, 1, 1, 2], [9]], "d": [[1], [2]]}  # by feature and rank
+GIVEN = Table(name="g", features=("g", "h"), rows=300, dim=8, kind="collisionless", sharding="row_wise")
+IDS = {
+    "a": [[1, 2, 3], [0, 49]],
+    "b": [[7], []],
+    "c": [[0, 1, 1, 2], [9]],
+    "d": [[1], [2]],
+    "g": [[2**62, -5], [7]],
+    "h": [[], [-5, 8]],
+}  # by feature and rank
 
 
 def plan_of(embeddings):
@@ -39,7 +47,7 @@ def plan_of(embeddings):
 
 def balance():
     rank = dist.get_rank()
-    embeddings = build_embeddings(tables=(SHARED, PLAIN, WHOLE), features=tuple(IDS))
+    embeddings = build_embeddings(tables=(SHARED, PLAIN, WHOLE, GIVEN), features=tuple(IDS))
     values = [torch.tensor(of_rank[rank], dtype=torch.int64) for of_rank in IDS.values()]
     ids = KeyedJaggedTensor(keys=list(IDS), values=torch.cat(values), lengths=torch.tensor([len(v) for v in values]))
     return row_balance(embeddings, ids, plan_of(embeddings))
@@ -49,7 +57,7 @@ def test_look_ups_are_counted_where_they_fall():
     found, again = run_ranks(balance, 2)
     assert found == again
     by_name = {entry["table"]: entry for entry in found}
-    assert by_name.keys() == {"all#unified", "c"}
+    assert by_name.keys() == {"all#unified", "c", "g"}
     assert by_name["c"] == {"table": "c", "kind": "standard", "lookups": [4, 1], "ranks": [[0], [1]], "fullest": 1.6}
     options = SHARED.read(Unified)
     expected = [0, 0]
@@ -59,3 +67,5 @@ def test_look_ups_are_counted_where_they_fall():
                 row = bucket_of(id, seed=_seed(SHARED, options, feature, j), rows=21)
                 expected[row >= 11] += 1
     assert by_name["all#unified"]["lookups"] == expected
+    owners = [((mix64_of(id) >> 56) + 1) * 2 - 1 >> 8 for feature in "gh" for of_rank in IDS[feature] for id in of_rank]
+    assert by_name["g"]["lookups"] == [owners.count(0), owners.count(1)]

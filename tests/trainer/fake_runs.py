@@ -35,7 +35,16 @@ def plan(tables: int = 26, world_size: int = 2, name: str = "C{}") -> dict[str, 
     ranks = []
     for rank in range(world_size):
         held = sum(s["bytes"] for t in made for s in t["shards"] if s["rank"] == rank)
-        ranks.append({"rank": rank, "device": "cpu", "table_bytes": held, "optimizer_bytes": held // 16})
+        ranks.append(
+            {
+                "rank": rank,
+                "device": "cpu",
+                "table_bytes": held,
+                "optimizer_bytes": held // 16,
+                "id_map_bytes": 100_000 * rank,
+                "filter_bytes": 524_288 * rank,
+            }
+        )
     words = "large tables by rows over all ranks, the others whole, largest first to the emptiest rank"
     return {"world_size": world_size, "planner": words, "ranks": ranks, "tables": made}
 
@@ -111,6 +120,31 @@ def features(tables: int = 26, name: str = "C{}") -> list[dict[str, Any]]:
     return found
 
 
+def tables(name: str = "C{}") -> list[dict[str, Any]]:
+    """One table as it is, one in two parts, one whose rows are given to ids."""
+
+    def table(number: int, **changes: Any) -> dict[str, Any]:
+        called = name.format(number)
+        made = {"name": called, "kind": "standard", "options": {}, "row_type": "fp32", "rows": 10_000, "dim": 16,
+                "pooling": "sum", "features": [called], "physical": [called], "physical_rows": 10_000,
+                "sharding": ["row_wise"], "tier": ["device"], "bytes": 640_000, "optimizer_bytes": 40_000,
+                "id_map_bytes": 0, "filter_bytes": 0, "dense_bytes": 0, "standard_bytes": 640_000,
+                "optimizer": "rowwise_adagrad", "ids_per_bag": {called: 1.0}, "of_standard": 1.0}  # fmt: skip
+        return made | changes
+
+    parts = [f"{name.format(2)}#0", f"{name.format(2)}#1"]
+    given = {"limit": 10_000, "ids": 7_000, "rows": 7_100, "occurrences": 600_000, "defaulted": 60_000,
+             "admitted": 7_200, "expired": 200, "evicted": 0}  # fmt: skip
+    return [
+        table(1, balance={name.format(1): 1.62}),
+        table(2, kind="compositional", options={"op": "mult", "sizes": [100, 100]}, physical=parts, physical_rows=200,
+              bytes=12_800, optimizer_bytes=800, of_standard=0.02, sharding=["table_wise"], pooling="mean"),
+        table(3, kind="collisionless", options={"admit_after": 10}, physical_rows=10_256, bytes=656_384,
+              id_map_bytes=204_096, filter_bytes=1_048_576, of_standard=2.983, id_map=given,
+              ids_per_bag={name.format(3): 2.5}),
+    ]  # fmt: skip
+
+
 def calibration_bins(tilt: float = 1.0) -> list[dict[str, float]]:
     return [
         {"predicted": p, "actual": min(1.0, p**tilt), "weight": 3750.0}
@@ -134,6 +168,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "foretold": [{"name": "step, median", "unit": "ms", "predicted": 42.7, "measured": 50.1, "ratio": 0.852},
                      {"name": "tables and their optimizer state, fullest rank", "unit": "bytes",
                       "predicted": 21_000_000, "measured": 21_000_000, "ratio": 1.0}],
+        "tables": tables(), "id_maps": {t["name"]: t["id_map"] for t in tables() if "id_map" in t},
         "kernels": {"embedding_bag": {"backend": "fbgemm", "why": "float32 on cpu"}},
         "versions": {"python": "3.11.9", "tablemesh": "0.1.0", "torch": "2.13.0", "torchrec": "1.8.0"},
         "hardware": {"cpu": "Example CPU @ 2.0 GHz", "cores": 2, "memory_bytes": 16 * 2**30, "gpus": [],

@@ -12,7 +12,7 @@ import torch
 
 from kernels.errors import UserError
 from tests.trainer import fake_runs
-from trainer import report
+from trainer import report, report_tables
 from trainer.charts import MAX_POINTS, Rule, Series, calibration_chart, line_chart, ticks
 from trainer.report_page import view
 from trainer.words import bound_text, duration, percent, size
@@ -22,6 +22,7 @@ SECTIONS = (
     "time",
     "quality",
     "foretold",
+    "tables",
     "placement",
     "data",
     "messages",
@@ -98,6 +99,33 @@ def test_a_finished_run_shows_everything(tmp_path):
     assert page.count("<svg") == 5 and "best possible 0.8261" in text
 
 
+def test_the_tables_are_those_of_the_config(tmp_path):
+    """3 x 640,000 bytes asked for; 12,800 + 640,000 + 656,384 + 204,096 + 1,048,576 taken, of which 133.4%."""
+    page = page_of(fake_runs.finished(tmp_path / "run"))
+    text = text_of(page[page.index('id="tables"') : page.index('id="placement"')])
+    for shown in (
+        "1.8 MiB would be one standard fp32 table each", "take 133.4% of that", "state of rowwise_adagrad",
+        "C2 compositional mean of bags 10,000 × 16", "2 tables, 200 rows table wise 2.0% 12.5 KiB",
+        "C3 collisionless", "2.50", "199 KiB 1.0 MiB", "Rows given to ids", "7,000 600,000 10.0% 7,200 200 0",
+    ):  # fmt: skip
+        assert shown in text, (shown, text)
+    assert "op = mult, sizes = [100, 100]" in page
+    assert "; id maps and filters · 610 KiB" in page and "optimizer state, id maps and filters" in text_of(page)
+
+
+def test_tables_of_a_report_join_plan_data_and_what_was_counted():
+    fake = dict.fromkeys(("dense_bytes", "optimizer_bytes", "filter_bytes"), 0)
+    entry = {"name": "t", "features": ["f", "g"], "physical": ["t#0"], "bytes": 60, "id_map_bytes": 30, **fake}
+    made = {
+        "dataset": {"features": [{"name": "f", "stats": {"rows": 10, "ids": 25}}, {"name": "g", "stats": None}]},
+        "row_balance": [{"table": "t#0", "fullest": 1.5}, {"table": "u", "fullest": 2.0}],
+        "id_maps": {"t#0": {"ids": 4}},
+    }
+    (row,) = report_tables.tables({"logical": [entry | {"standard_bytes": 180}]}, made, "sgd")
+    assert row["ids_per_bag"] == {"f": 2.5, "g": None} and row["of_standard"] == 0.5 and row["optimizer"] == "sgd"
+    assert row["balance"] == {"t#0": 1.5} and row["id_map"] == {"ids": 4}
+
+
 @pytest.mark.parametrize("make", [fake_runs.finished, fake_runs.failed, fake_runs.multi_task])
 def test_the_page_loads_nothing(tmp_path, make):
     page = page_of(make(tmp_path / "run"))
@@ -133,6 +161,8 @@ def test_what_users_name_is_escaped(tmp_path):
     made = fake_runs.report(name=evil, error={"rank": 0, "kind": "user", "message": evil}, status="failed")
     made["dataset"] |= {"name": evil, "source": evil, "features": fake_runs.features(3, evil + "{}")}
     made["dataset"]["dense"] = [{"name": evil, "transform": {evil: True}}]
+    made["tables"] = fake_runs.tables(evil + "{}")
+    made["tables"][0] |= {"kind": evil, "options": {evil: evil}, "optimizer": evil, "sharding": [evil]}
     made["versions"][evil] = made["hardware"][evil] = evil
     made["kernels"] = {evil: {"backend": evil, "why": evil}}
     made["eval"] |= {
