@@ -3,6 +3,7 @@
 #
 # make test-slurm  a Slurm cluster on this machine, and training on it (root; docs/launch.md says which packages)
 # make test-network  two hosts joined by a cable: pulled, slow, losing packets (root, network namespaces)
+# make test-memory  a rank that the kernel kills for memory (root, a memory cgroup, no swap)
 # make test-image  the CPU image: built, trained in, in one container and two (root)
 #
 # TARGET=cpu|cuda      which lock file (default: cuda where nvidia-smi answers)
@@ -26,7 +27,7 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TARGET) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) pyproject.toml) | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slurm test-network test-image install lint clean
+.PHONY: train test test-slurm test-network test-memory test-image install lint clean
 
 train: install
 	@$(VENV)/bin/tablemesh train configs/quickstart.toml
@@ -39,6 +40,9 @@ test-slurm: install
 
 test-network: install
 	@$(VENV)/bin/python -m pytest -m 'cluster or not cluster' tests/launch/test_network.py
+
+test-memory: install
+	@$(VENV)/bin/python -m pytest -m cluster tests/launch/test_out_of_memory.py
 
 test-image: install
 	@$(VENV)/bin/python -m pytest -m cluster tests/launch/test_image.py

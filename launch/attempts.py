@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch import failure, rundir
+from launch import failure, machine, rundir
 from launch.agent import Agent
 from launch.failure import Failure
 from launch.job import Job
@@ -65,12 +65,13 @@ def run(
         if nodes.rank == 0 and attempt == 0:
             failure.clear(job)
         nodes.ready(turn)
+        kills = machine.oom_kills()
         code = _launch(agent, job, nodes, module, attempt=attempt, turn=turn)
         codes = nodes.gather(turn, code)
         if codes is None:
             verdict = nodes.verdict(turn, default=str(code or 1))
         else:  # node 0
-            verdict, ended = _decide(job, codes, again=attempt < restarts)
+            verdict, ended = _decide(job, codes, again=attempt < restarts, oom_kills=machine.oom_kills() - kills)
             if verdict == AGAIN:
                 _prepare_restart(agent, job, ended, number=attempt + 1, of=restarts)
                 again(ended)
@@ -94,16 +95,17 @@ def _launch(agent: Agent, job: Job, nodes: Nodes, module: str, *, attempt: int, 
         return 1
 
 
-def _decide(job: Job, codes: list[int | None], *, again: bool) -> tuple[str, Failure | None]:
+def _decide(job: Job, codes: list[int | None], *, again: bool, oom_kills: int) -> tuple[str, Failure | None]:
     """What all nodes do now, AGAIN or the exit code that they leave with, and the cause where one failed.
 
-    codes: of the nodes, None where one is silent. again: there may be another attempt.
+    codes: of the nodes, None where one is silent. again: there may be another attempt. oom_kills: of this node's kernel
+    in the meantime.
     """
     if all(code == 0 for code in codes):
         return "0", None
     if all(code == 75 for code in codes):
         return "75", Failure(kind="interrupted", message=failure.SAVED, exit_code=75)
-    ended = failure.explain(job)
+    ended = failure.explain(job, oom_kills=oom_kills)
     silent = [node for node, code in enumerate(codes) if code is None]
     if silent and ended.kind in ("launch", "interrupted"):
         ended = Failure(kind="launch", message=f"node {silent[0]} of {len(codes)} has gone")
