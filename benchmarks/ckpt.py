@@ -13,7 +13,8 @@ cache is told to forget all files.
 
 A background save is made while training steps run.  Its pause is all that the steps stop for: `save` itself, and the
 rows that they keep for the copy of the tables beside them; its baseline is the save above, which copies nothing.
-What a step takes beside a save, and what marking the touched rows for deltas adds to it, stand beside a whole step.
+What a step takes beside a save, and what marking the touched rows for deltas and counting their updates
+(checkpoint.count_updates) add to it, stand beside a whole step.
 The last row is the size of a delta after 1% of every table's rows were looked up and updated, beside the full one's.
 """
 
@@ -36,6 +37,7 @@ from benchmarks.workload import Side, Workload, ours
 from sharding.snapshot import Snapshot
 from sharding.table_state import fused_kernels
 from sharding.touched import Touched
+from sharding.update_counts import UpdateCounts, counts_of
 from trainer.checkpoint import state, storage
 from trainer.checkpoint.chain import open_chain
 from trainer.checkpoint.files import bytes_of, verify
@@ -164,7 +166,7 @@ def beside_steps(side: Side, place: Place, work: Path, free_save: float) -> list
         parts = state.parts_of(pipeline.dmp, pipeline.optimizer)
         expected = {part.name: xxhash.xxh3_128_digest(bytes_of(part.tensor)) for part in parts}
         before = saver.totals.pause_seconds
-        saver.save(parts, about, step=number, snapshot=snapshot)
+        saver.save(lambda parts=parts: parts, about, step=number, snapshot=snapshot)
         seconds = []
         while saver.writing():
             seconds += side.run(1)[0]
@@ -227,9 +229,17 @@ def delta(side: Side, workload: Workload, place: Place) -> list[Row]:
 
     seconds, _ = side.run(STEPS)
     marks = [timed(lambda: [touched.mark(k, *inputs[id(k)][:1]) for k in kernels]).seconds for _ in range(5 * STEPS)]
+    counting = UpdateCounts(pipeline.dmp.module)
+    counts = [timed(lambda: [counting.count(k, *inputs[id(k)][:1]) for k in kernels]).seconds for _ in range(5 * STEPS)]
+    exact = all(
+        int(counts_E.count_nonzero()) == len(inputs[id(k)][0][k.feature_names()[f]].values().unique())
+        and int(counts_E.max()) == 5 * STEPS
+        for k in kernels
+        for f, counts_E in counts_of(k).items()
+    )
     for hook in noting:
         hook.remove()
-    step, mark = statistics.median(seconds), statistics.median(marks)
+    step, mark, count = (statistics.median(times) for times in (seconds, marks, counts))
     return [
         Row(
             name="marking a step's rows for deltas",
@@ -239,6 +249,15 @@ def delta(side: Side, workload: Workload, place: Place) -> list[Row]:
             baseline_name="a step",
             ratio=step / mark,
             correct=right,
+        ),
+        Row(
+            name="counting a step's updates of rows",
+            unit="ms",
+            ours=1e3 * count,
+            baseline=1e3 * step,
+            baseline_name="a step",
+            ratio=step / count,
+            correct=exact,
         ),
         Row(
             name=f"delta after touching {100 * TOUCHED:.0f}% of the rows",

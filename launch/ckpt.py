@@ -91,10 +91,11 @@ def inspect(
     rows: Annotated[str | None, typer.Option(help="Rows of the table to print, such as 0,5,10-12.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Norms, rows of zeros and rows that were never updated, by table; rows of a table."""
-    from trainer.checkpoint import tools
+    """Norms, rows of zeros, how often rows were updated, by table; with --table also which most; rows of a table."""
+    from trainer.checkpoint import counts, tools
 
     def show(found: dict[str, Any], console: Console) -> None:
+        counted = [t["updates"] for t in found["tables"] if t["updates"] is not None]
         shown = _table("table", "rows", "columns", "size", "mean norm", "largest", "zero rows", "never updated")
         for t in found["tables"]:
             idle = "?" if t["never_updated"] is None else f"{t['never_updated']:,}"
@@ -102,13 +103,21 @@ def inspect(
             about = [f"{t['rows']:,}", str(t["columns"]), size(t["bytes"])]
             shown.add_row(t["table"], *about, *norm, f"{t['zero_rows']:,}", idle)
         console.print(shown)
+        if counted:
+            _show_quantiles(console, found["tables"], [f"p{q}" for q in counts.QUANTILES])
+        for updates in counted if table is not None else ():
+            _show_updates(console, updates)
         for row in found.get("rows", ()):
             for name, values in row.items():
                 if name != "row":
                     numbers = values if isinstance(values, list) else [values]
-                    text = " ".join(f"{v:.5g}" for v in numbers)
+                    text = " ".join(str(v) if isinstance(v, int) else f"{v:.5g}" for v in numbers)
                     console.print(f"row {row['row']}  {name}: {text}", highlight=False, soft_wrap=True)
-        console.print(f"{found['checkpoint']}, after {found['step']} steps", highlight=False, soft_wrap=True)
+        since = counted[0]["since"] if counted else 0
+        note = f"; updates counted since step {since}" if since else ""
+        console.print(f"{found['checkpoint']}, after {found['step']} steps{note}", highlight=False, soft_wrap=True)
+        if not counted:
+            console.print(f"how often rows were updated was not counted: {counts.HOW}", highlight=False, soft_wrap=True)
 
     _answer(tools.inspect(run, table=table, rows=_rows(rows) if rows else ()), show, as_json)
 
@@ -154,6 +163,30 @@ def _table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     return table
+
+
+def _show_quantiles(console: Console, tables: list[dict[str, Any]], quantiles: list[str]) -> None:
+    """How often the rows of each table were updated: half of them at most p50 times, and so on."""
+    shown = _table("updates of a row of", *quantiles, "most")
+    for t in tables:
+        if t["updates"] is not None:
+            shown.add_row(t["table"], *(f"{t['updates'][key]:,}" for key in (*quantiles, "most")))
+    console.print(shown)
+
+
+def _show_updates(console: Console, updates: dict[str, Any]) -> None:
+    """A table's histogram of updates, and the rows with most."""
+    shown = _table("updates", "rows", "")
+    shown.add_column("", justify="left")
+    most = max(bin["rows"] for bin in updates["histogram"])
+    for bin in updates["histogram"]:
+        label = f"{bin['from']:,}" if bin["from"] == bin["to"] else f"{bin['from']:,} to {bin['to']:,}"
+        share = f"{bin['rows'] / max(1, updates['rows']):.1%}"
+        shown.add_row(label, f"{bin['rows']:,}", share, "#" * round(30 * bin["rows"] / max(1, most)))
+    console.print(shown)
+    key = "id" if any("id" in row for row in updates["most_updated"]) else "row"
+    named = (f"{row[key]} ({row['updates']:,})" for row in updates["most_updated"])
+    console.print(f"most updated, {key} (updates): {', '.join(named) or 'none'}", highlight=False, soft_wrap=True)
 
 
 def _files(console: Console, paths: list[str]) -> None:

@@ -21,7 +21,7 @@ D columns, X columns of all features.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -39,6 +39,7 @@ from kernels.errors import UserError
 from kernels.id_map import IdMap, owner_of
 from kernels.id_maps.base import Counts, Policy
 from kernels.int8 import quantise
+from kernels.row_counts import add_once
 from sharding.compute_kernel import FusedEmbeddingBag, KernelCollection, KernelLookup, KernelSharder
 from sharding.embeddings import ByIdCollection
 from sharding.initial_weights import default_row, fresh_rows
@@ -192,6 +193,23 @@ class ByIdBag(FusedEmbeddingBag):
         self._fresh: list[tuple[GivenRows, Tensor, Tensor]] = []
         self.register_forward_pre_hook(ByIdBag._to_rows)
 
+    def count(self, counts: Sequence[Tensor]) -> None:
+        """Have the rows of each table counted in (E,) int32 (update_counts.py): from 0 when an id gets one."""
+        for given, counts_E in zip(self.rows, counts, strict=True):
+            given.counts_E = counts_E
+
+    def updated_by(self, features: KeyedJaggedTensor) -> tuple[Tensor, list[int]]:
+        """The rows that the backward of a call updates, and where each feature begins in them.
+
+        Without the default rows where ranks share them: `after_backward` updates these.
+        """
+        rows_N, ends = features.values(), features.offset_per_key()
+        if not self._shares_default:
+            return rows_N, ends
+        own_N = rows_N != 0
+        before = nn.functional.pad(own_N.cumsum(0), (1, 0))
+        return rows_N[own_N], before[torch.tensor(ends)].tolist()
+
     def _to_rows(self, inputs: tuple[KeyedJaggedTensor, ...]) -> tuple[KeyedJaggedTensor, ...]:
         ids, training = inputs[0], torch.is_grad_enabled()
         if training:
@@ -260,6 +278,9 @@ class ByIdBag(FusedEmbeddingBag):
         ids_N = torch.zeros(int(lengths_F.sum()), dtype=torch.int64)
         if not len(ids_N):
             return
+        for given, read in zip(self.rows, read_T.tolist(), strict=True):
+            if read and given.counts_E is not None:
+                add_once(given.counts_E, torch.zeros(1, dtype=torch.int64))
         offsets = nn.functional.pad(lengths_F.cumsum(0), (1, 0))
         weights_N = torch.ones(len(ids_N)) if spec.weighted else None
         self.bags.state.step -= 1  # a part of the update that the backward has counted already
@@ -288,6 +309,7 @@ class GivenRows:
     ) -> None:
         self.table, self.by_id, self.seed, self.states = table, by_id, seed, states
         self.weights_ED, self.scales_E, self.rank, self.ranks = weights_ED.detach(), scales_E, rank, ranks
+        self.counts_E: Tensor | None = None  # int32, in how many steps a row was updated, where somebody counts
         self.map = IdMap(by_id.policy, rank=rank, ranks=ranks, name=table.name)
         assert len(weights_ED) > self.map.limit
         self.age = Age(by_id)
@@ -308,11 +330,13 @@ class GivenRows:
 
     @torch.no_grad()
     def begin(self, ids_K: Tensor, rows_K: Tensor) -> None:
-        """Rows as their ids find them: initial weights, states of zero."""
+        """Rows as their ids find them: initial weights, states of zero, never updated."""
         if len(rows_K):
             self._write(rows_K, fresh_rows(self.table, ids_K, seed=self.seed))
             for state in self.states:
                 state.index_fill_(0, rows_K, 0.0)
+            if self.counts_E is not None:
+                self.counts_E.index_fill_(0, rows_K, 0)
 
     def _write(self, rows_K: Tensor, values_KD: Tensor) -> None:
         if self.scales_E is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sharding.table_state import Fused, scales_of
+from sharding.update_counts import counts_of
 
 BLOCK_BYTES = 4 << 20  # of a table's weights, copied at once
 
@@ -117,12 +118,13 @@ def _tables(kernel: Fused) -> list[_Table]:
     weights = [tensor.detach() for tensor in kernel.emb_module.split_embedding_weights()]
     states = kernel.emb_module.split_optimizer_states() or [[]] * len(weights)
     scales = [[scale] for scale in scales_of(kernel)] or [[]] * len(weights)
+    counts = counts_of(kernel)
     return [
         _Table(
-            tensors=(weight, *scale, *(s.detach() for s in of_table)),
+            tensors=(weight, *scale, *(s.detach() for s in of_table), *([counts[t]] if t in counts else [])),
             kept_E=torch.zeros(len(weight), dtype=torch.bool),
         )
-        for weight, scale, of_table in zip(weights, scales, states, strict=True)
+        for t, (weight, scale, of_table) in enumerate(zip(weights, scales, states, strict=True))
     ]
 
 

@@ -183,6 +183,7 @@ class Checkpoint(Frozen):
     )  # 0: every one is full; n: rows touched since the last, n before they are merged
     keep: Positive = 2  # the newest ones that stay
     keep_every: Positive | None = None  # and those whose step is a multiple of this
+    count_updates: bool = False  # in how many steps each row was updated: 4 bytes a row, for `ckpt inspect`
     background: bool = True  # the step stops for a copy into host memory only, which takes as much as the state
     dir: str | None = None  # a folder or a fsspec URL for DIR/NAME/step_N; default RUN/checkpoints
     init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, by table and parameter name

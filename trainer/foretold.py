@@ -11,6 +11,7 @@ from torch import nn
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from sharding.table_state import held_bytes
+from sharding.update_counts import counts_bytes
 from trainer.metrics import peak_memory_bytes
 from trainer.optim.base import TABLES
 from trainer.world import World
@@ -25,8 +26,8 @@ def measured(model: nn.Module, optimizer: Any, world: World) -> dict[str, Any]:
 
 
 def table_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Of the tables that are updated in the backward, and of the data_parallel ones."""
-    total = held_bytes(model.module)
+    """Of the tables that are updated in the backward, and of the data_parallel ones, with their update counts."""
+    total = held_bytes(model.module) + counts_bytes(model.module)
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         if name.startswith(TABLES):
             states = [s for s in optimizer.state.get(parameter, {}).values() if getattr(s, "ndim", 0)]  # not a counter

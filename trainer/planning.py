@@ -15,6 +15,7 @@ from torch import nn
 
 from kernels import registry
 from kernels.errors import UserError
+from kernels.row_counts import COUNT_BYTES
 from sharding import topology
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.plan import Figures, work_of
@@ -81,13 +82,14 @@ def work_of_config(config: Config, dataset: Dataset, model: "OnMeta", *, device:
     bf16 = precision.choose(config.train.precision, torch.device(device)).is_bf16
     # FBGEMM's kernels, which a GPU gets unless the config says otherwise, give float32 vectors.
     fbgemm = config.kernels.embedding_bag == "fbgemm" or (device != "cpu" and config.kernels.embedding_bag == "auto")
+    counted = COUNT_BYTES if config.checkpoint.count_updates else 0
     dense_state = plugin(dense).state_bytes_per_row(dense, 1024) / 1024
     return work_of(
         model.embeddings,
         batch_size=config.train.batch_size,
         figures=figures_of(dataset, model.tables.rows),
         dense=dense_work(model.net, model.inputs, state_bytes_per_parameter=dense_state),
-        state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim),
+        state_bytes_per_row=lambda dim: plugin(sparse).state_bytes_per_row(sparse, dim) + counted,
         overlapped=config.train.pipeline == "overlapped",
         bf16=bf16,
         vector_element=2 if bf16 and not fbgemm else 4,

@@ -1,20 +1,79 @@
-"""The ranks agree, after a step, on what to do next: save, or save and stop.
+"""The ranks agree: after a step on what to do next (save, or save and stop), and on whether a call has failed.
 
 A signal reaches one rank a step earlier than another, and clocks differ; yet all must save after the same step.  So
 every rank puts its wish into one integer that is reduced to the maximum in a group of its own, beside the next step:
 what is read after step k was asked for after step k-1, is equal on all ranks, and costs the step next to nothing.
+
+    together(call)      every rank calls; what one of them raises is raised on all
+    from_first(call)    rank 0 calls; all have what it returns or raises
+
+A rank that raised by itself between two collectives would leave the others waiting in the second one.
 """
 
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from kernels.errors import UserError
 from trainer.world import World
 
+T = TypeVar("T")
+_SHARED = "_tablemesh_shared"  # on an error that all ranks have had from one: it travels with it
+
 NOTHING, SAVE, STOP = 0, 1, 2
+
+
+def together(call: Callable[[], T], *, group: Any = None) -> T:
+    """call() on all ranks; its result, or on all of them what the first failing rank raised (`shared`).
+
+    group: of the collective; not the step's where this runs beside the steps.
+    """
+    result, error = None, None
+    try:
+        result = call()
+    except Exception as raised:
+        error = raised
+    rank = dist.get_rank()
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else shared(error, rank), group=group)
+    for number, found in enumerate(errors):
+        if found is not None:
+            raise found from (error if number == rank else None)
+    return result  # type: ignore[return-value]
+
+
+def from_first(call: Callable[[], T]) -> T:
+    """What rank 0's call returns or raises, on every rank: they must not see different folders."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box = [call(), None]
+        except Exception as error:
+            box = [None, shared(error, 0)]
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def shared(error: BaseException, rank: int) -> Exception:
+    """An error as all ranks raise it: one of ours as it is, any other with the number of its rank in front.
+
+    The errors of libraries cannot all travel between processes.
+    """
+    if isinstance(error, UserError) or hasattr(error, _SHARED):
+        return error  # type: ignore[return-value]
+    found: Exception
+    if isinstance(error, OSError):
+        found = OSError(error.errno, f"rank {rank}: {error.strerror or error}", error.filename)
+    else:
+        found = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
+    setattr(found, _SHARED, True)
+    return found
 
 
 class Agreement:

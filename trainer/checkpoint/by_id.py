@@ -3,12 +3,13 @@
     tables/TABLE/parts:P0-P1/weight, STATE     (R, D) or (R,) rows 0 .. R-1 of the rank with the parts P0 .. P1-1 of ids
     tables/TABLE/parts:P0-P1/scale             (R,) of rows of int8
     tables/TABLE/parts:P0-P1/id, clock, uses   (R,) int64: whose a row is, when it was last seen, and how often
+    tables/TABLE/parts:P0-P1/updates           (R,) int32, where the run counts in how many steps a row was updated
     tables/TABLE/parts:P0-P1/free              -1, then the free rows in the order in which they are given, last first
     tables/TABLE/parts:P0-P1/filter, counted   the counting filter, where ids wait for admission
     tables/TABLE/parts:P0-P1/about, counts, age
 
 R is the highest row ever given there and one more, so what was never used is not written.  A delta has of the first
-three lines the rows that were touched, tables/TABLE/parts:P0-P1/delta:0-0:R/WHAT, and all of the others.  Free rows
+four lines the rows that were touched, tables/TABLE/parts:P0-P1/delta:0-0:R/WHAT, and all of the others.  Free rows
 may hold anything.
 
 The same ranks go on from this exactly, row for row; another number of ranks gives the ids new rows (kernels.id_map's
@@ -31,11 +32,12 @@ from sharding.compute_kernel import STATE_NAMES
 from sharding.plan import embeddings_of
 from sharding.table_state import SCALE, WEIGHT
 from sharding.touched import Key
-from trainer.checkpoint.chain import LAZY_BYTES, Chain
+from sharding.update_counts import UPDATES
+from trainer.checkpoint.chain import Chain, steps
 from trainer.checkpoint.storage import Part, whole
 
 PARTS_OF = "/parts:"
-NOT_STATES = (SCALE, "id", "clock", "uses", "free", "filter", "counted", "about", "counts", "age")
+NOT_STATES = (SCALE, UPDATES, "id", "clock", "uses", "free", "filter", "counted", "about", "counts", "age")
 OF_ROWS = {"id": "ids_K", "clock": "clocks_K", "uses": "uses_K"}  # as kernels.id_map names them
 
 
@@ -146,7 +148,8 @@ def _rows(kernel: ByIdBag, given: GivenRows) -> dict[str, Tensor]:
     """Views of the weights and the states, as they are named everywhere."""
     names = STATE_NAMES[kernel.bags.spec.optimizer.kind]
     scales = {} if given.scales_E is None else {SCALE: given.scales_E}
-    return {WEIGHT: given.weights_ED} | scales | dict(zip(names, given.states, strict=True))
+    counts = {} if given.counts_E is None else {UPDATES: given.counts_E}
+    return {WEIGHT: given.weights_ED} | scales | dict(zip(names, given.states, strict=True)) | counts
 
 
 def _read_rows(chain: Chain, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -154,13 +157,14 @@ def _read_rows(chain: Chain, name: str) -> Iterator[tuple[int, Tensor]]:
     entry = chain.tensors.get(name)
     if entry is None:
         raise UserError(f"{name} is not in the checkpoint: it was written with another table optimizer")
-    step = max(1, LAZY_BYTES // max(1, entry.row_bytes))
-    for first in range(0, entry.size[0], step):
-        yield first, chain.read(name, rows=(first, min(first + step, entry.size[0])))
+    for first, end in steps(entry):
+        yield first, chain.read(name, rows=(first, end))
 
 
-def _wanted(kernel: ByIdBag, given: GivenRows, *, with_states: bool) -> dict[str, Tensor]:
+def _wanted(kernel: ByIdBag, given: GivenRows, chain: Chain, prefix: str, *, with_states: bool) -> dict[str, Tensor]:
     tensors = _rows(kernel, given)
+    if UPDATES in tensors and f"{prefix}/{UPDATES}" not in chain.tensors:
+        tensors.pop(UPDATES).zero_()
     return tensors if with_states else {what: tensors[what] for what in (WEIGHT, SCALE) if what in tensors}
 
 
@@ -168,7 +172,7 @@ def _load_same(kernel: ByIdBag, given: GivenRows, chain: Chain, *, with_states: 
     prefix = _prefix(given)
     given.map.load_state_dict(state_of(chain, prefix, lines=given.by_id.policy.lines))
     given.age.load(chain.read(f"{prefix}/age"))
-    for what, tensor in _wanted(kernel, given, with_states=with_states).items():
+    for what, tensor in _wanted(kernel, given, chain, prefix, with_states=with_states).items():
         for first, values in _read_rows(chain, f"{prefix}/{what}"):
             _check_columns(given, tensor, values)
             tensor[first : first + len(values)].copy_(values)
@@ -180,7 +184,7 @@ def _load_resharded(kernel: ByIdBag, given: GivenRows, chain: Chain, prefixes: l
     found = reshard(states, policy=policy, ranks=given.ranks, name=given.table.name)[given.rank]
     given.map.load_state_dict(found.state)
     given.age.load(chain.read(f"{prefixes[0]}/age"))
-    for what, tensor in _wanted(kernel, given, with_states=with_states).items():
+    for what, tensor in _wanted(kernel, given, chain, prefixes[0], with_states=with_states).items():
         for old, prefix in enumerate(prefixes):
             into_K = (found.from_rank_K == old).nonzero().flatten()
             from_K = found.from_row_K[into_K]

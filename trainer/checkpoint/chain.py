@@ -99,10 +99,7 @@ class Chain:
         """Everything as boxes of at most LAZY_BYTES that are read when they are written: number k of n ranks' share."""
         parts = []
         for name, entry in self.tensors.items():
-            row = max(1, entry.row_bytes)
-            step = max(1, LAZY_BYTES // row)
-            for first in range(0, entry.size[0], step) if entry.size else (0,):
-                end = min(first + step, entry.size[0]) if entry.size else 1
+            for first, end in steps(entry) if entry.size else ((0, 1),):
                 shape = (end - first, *entry.size[1:]) if entry.size else ()
                 parts.append(
                     Part(
@@ -133,6 +130,8 @@ class Chain:
             for rows in of_base.get(_base(part.name), ()):
                 if columns and columns != f"{rows.column}-{rows.column + rows.columns}":
                     continue
+                if f"{rows.prefix}/{what}" not in rows.files.manifest.tensors:
+                    continue  # of a table that is cut by columns, only the first part has what is not of a column
                 rows_U = rows.files.read(f"{rows.prefix}/rows")
                 inside_U = (rows_U >= first) & (rows_U < first + count)
                 if not bool(inside_U.any()):
@@ -146,6 +145,13 @@ class Chain:
                 low, high = max(start, rows.column), min(end, rows.column + rows.columns)
                 if low < high:
                     part.tensor[into_U, low - start : high - start] = values[:, low - rows.column : high - rows.column]
+
+
+def steps(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Rows [first, end) of a tensor, LAZY_BYTES at a time."""
+    step = max(1, LAZY_BYTES // max(1, entry.row_bytes))
+    for first in range(0, entry.size[0], step):
+        yield first, min(first + step, entry.size[0])
 
 
 def _reader(chain: Chain, name: str, rows: tuple[int, int] | None) -> Callable[[], Tensor]:

@@ -28,6 +28,7 @@ import xxhash
 from kernels.errors import UserError
 from trainer.checkpoint.place import MANIFEST, Place
 
+COUNTED_SINCE = "counted_since"  # in `values`: the step from which updates of rows are counted, where they are
 FORMAT, VERSION = "tablemesh-checkpoint", 1
 # The dtypes that a checkpoint may hold, as they are named in it.
 DTYPES = {

@@ -27,13 +27,13 @@ ASIDE = ".superseded"  # of a history that a resume from an earlier step has lef
 
 class Place:
     def __init__(self, where: str | Path) -> None:
-        self.url = "://" in str(where)
+        self.url = "://" in str(where)  # fsspec's
         self.where = str(where).rstrip("/") if self.url else str(Path(where).absolute())
         if self.url:
             import fsspec
 
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(self.where)
+                self._fs, self._root = fsspec.core.url_to_fs(str(where))  # "memory://" is no path without its slashes
             except (ValueError, ImportError) as error:
                 raise UserError(f"{self.where}: fsspec cannot open it: {error}") from error
             self._root = self._root.rstrip("/")
@@ -113,18 +113,28 @@ class Place:
         create files."""
         if self.url:
             self.remove(name)
+            self._fs.makedirs(self.path(name), exist_ok=True)  # an object store has no folders and does nothing
             return
+        self.recover()
         for entry in os.listdir(self._root) if os.path.isdir(self._root) else ():
             if entry.endswith((PARTIAL, OLD)):
-                self._restore_old(entry)
                 shutil.rmtree(os.path.join(self._root, entry), ignore_errors=True)
         os.makedirs(self.path(name + PARTIAL))
 
-    def _restore_old(self, entry: str) -> None:
-        """A writer died between moving the old checkpoint away and moving the new one in: the old one is back."""
-        name = entry.removesuffix(OLD)
-        if entry.endswith(OLD) and not os.path.exists(self.path(name)):
-            os.rename(self.path(entry), self.path(name))
+    def recover(self) -> None:
+        """Where a writer died between moving an old checkpoint away and moving the new one in: the old one is back.
+
+        For whoever has the run's lock alone: to others a writer may just be between the two.
+        """
+        if self.url:
+            return
+        for entry in os.listdir(self._root) if os.path.isdir(self._root) else ():
+            if entry.endswith(OLD):
+                self._restore_old(entry.removesuffix(OLD))
+
+    def _restore_old(self, name: str) -> None:
+        if os.path.exists(self.path(name + OLD)) and not os.path.exists(self.path(name)):
+            os.rename(self.path(name + OLD), self.path(name))
 
     @contextmanager
     def create(self, name: str, file: str) -> Iterator[Any]:
@@ -149,7 +159,11 @@ class Place:
         _sync_folder(partial)
         if os.path.exists(final):
             os.rename(final, old)
-        os.rename(partial, final)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            self._restore_old(name)
+            raise
         _sync_folder(self._root)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from kernels.errors import UserError
+from trainer.checkpoint.agree import from_first, together
 from trainer.checkpoint.chain import Chain, open_chain
 from trainer.checkpoint.compare import differences
 from trainer.checkpoint.manifest import Damaged, Manifest
@@ -59,19 +57,18 @@ def resume(where: str, place: Place, load: Callable[[Chain], None], check: Calla
     """
     if where != AUTO:
         place, name = split(where)
-        if not place.sizes(name):
-            raise UserError(f"{where}: no such checkpoint; there are {', '.join(place.names()) or 'none'} in {place}")
-        chain = _from_first(lambda: open_chain(place, name))
+        chain = from_first(lambda: open_named(place, name, where))
         check(chain.manifest)
-        _together(lambda: load(chain))
+        together(lambda: load(chain))
         return Chosen(chain)
     passed: list[str] = []
-    names = _from_first(place.names)
+    from_first(place.recover)
+    names = from_first(place.names)
     for name in reversed(names):
         try:
-            chain = _from_first(lambda name=name: open_chain(place, name))
+            chain = from_first(lambda name=name: open_chain(place, name))
             check(chain.manifest)
-            _together(lambda chain=chain: load(chain))
+            together(lambda chain=chain: load(chain))
             return Chosen(chain, tuple(passed))
         except Damaged as damage:
             passed.append(f"{name}: {damage}")
@@ -84,32 +81,11 @@ def resume(where: str, place: Place, load: Callable[[Chain], None], check: Calla
     return Chosen(None)
 
 
-def _from_first(call: Callable[[], Any]) -> Any:
-    """What rank 0 finds, or raises, on every rank: they must not see different folders."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [call()]
-        except UserError as error:
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], BaseException):
-        raise box[0]
-    return box[0]
-
-
-def _together(call: Callable[[], None]) -> None:
-    """call() on all ranks; what the first failing one raises is raised on all, so that they go on alike."""
-    error = None
-    try:
-        call()
-    except UserError as raised:
-        error = raised
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
+def open_named(place: Place, name: str, where: str) -> Chain:
+    """The checkpoint that somebody asked for by `where`.  UserError when there is none, Damaged."""
+    if not place.sizes(name):
+        raise UserError(f"{where}: no such checkpoint; there are {', '.join(place.names()) or 'none'} in {place}")
+    return open_chain(place, name)
 
 
 def set_aside_after(place: Place, step: int) -> list[str]:

@@ -3,11 +3,13 @@
     saver = Saver(place, config.checkpoint, world, log)
     saver.due(step)                      whether the config asks for one after this step
     saver.save(parts, about, ...)        copies into host buffers and writes in the background, or writes at once
+                                         (parts: a call that gives them)
     saver.poll()                         takes note of a background save that has ended
     saver.wait()                         until nothing is being written
 
 A periodic save that fails (a full disk, a file system that is gone) is a warning: the run goes on and the checkpoints
-before it stay.  One that the run ends with raises.
+before it stay.  One that the run ends with raises.  Either way all ranks learn of it, whichever of them it failed on:
+before every collective of a save stands `together`.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from kernels.errors import UserError
 from kernels.ops import blank
 from sharding.snapshot import Snapshot
 from trainer.checkpoint import chain, storage
+from trainer.checkpoint.agree import together
 from trainer.checkpoint.manifest import Damaged, Manifest
 from trainer.checkpoint.place import Place, step_of
 from trainer.checkpoint.storage import Part
@@ -65,7 +68,7 @@ class Saver:
 
     def save(
         self,
-        parts: Sequence[Part],
+        parts: Callable[[], Sequence[Part]],
         manifest: Callable[[dict, dict], Manifest],
         *,
         step: int,
@@ -76,6 +79,7 @@ class Saver:
     ) -> None:
         """Save; all ranks together.
 
+        parts(): what to save.  A rank on which it raises (memory, most likely) makes the save fail, on all ranks.
         manifest(files, tensors): what describes the checkpoint, called on rank 0 when the files are written.
         must: write at once, straight from the run's tensors, and raise UserError when that fails.
         compact: it is a delta; make it full afterwards, from what is on the disk.
@@ -85,22 +89,35 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
-        save = _Save(parts, manifest, f"step_{step}", compact=compact, done=done)
-        if must or not self.config.background:
+        save = _Save([], manifest, f"step_{step}", compact=compact, done=done)
+        later = self.config.background and not must
+        try:
+            self._begin(save, parts, snapshot if later else None, copies=later)
+        except Exception as error:  # this rank's alone: `_write` tells the others
+            save.unready = error
+        if not later:
             self._write(save)
             save.pause_seconds = time.perf_counter() - started
             self._note(save, raising=must)
             return
-        if snapshot is not None and any(part.watched for part in parts):
-            save.snapshot = snapshot
-            snapshot.begin()
-        save.parts = [part if self._later(part, save.snapshot) else self._copy(part) for part in parts]
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
         save.pause_seconds = time.perf_counter() - started
         save.thread = threading.Thread(target=self._write, args=(save,), name="tablemesh-checkpoint", daemon=True)
         self._running = save
         save.thread.start()
+
+    def _begin(
+        self, save: "_Save", parts: Callable[[], Sequence[Part]], snapshot: Snapshot | None, *, copies: bool
+    ) -> None:
+        """Take the parts; with `copies` those that must not change until they are written, and a snapshot's, later."""
+        save.parts = parts()
+        if not copies:
+            return
+        if snapshot is not None and any(part.watched for part in save.parts):
+            save.snapshot = snapshot
+            snapshot.begin()
+        save.parts = [part if self._later(part, save.snapshot) else self._copy(part) for part in save.parts]
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
     def writing(self) -> bool:
         """Whether a save goes on in the background."""
@@ -129,14 +146,17 @@ class Saver:
 
     @torch.no_grad()
     def _copy_watched(self, save: "_Save") -> None:
-        """In the background: copy the tables as they were when the save began."""
-        if save.snapshot is None:
+        """In the background: copy the tables as they were when the save began.  Raises what its beginning raised."""
+        if save.snapshot is None and save.unready is None:
             return
         rooms: dict[int, torch.Tensor] = {}
         try:
+            if save.unready is not None:
+                raise save.unready
             rooms = {p.tensor.data_ptr(): self._room(p) for p in save.parts if self._later(p, save.snapshot)}
         finally:
-            save.snapshot.copy(rooms)  # without memory for a copy: nothing, and no more rows are kept
+            if save.snapshot is not None:
+                save.snapshot.copy(rooms)  # without memory for a copy: nothing, and no more rows are kept
         save.parts = [
             replace(p, tensor=rooms[p.tensor.data_ptr()], copied=True) if self._later(p, save.snapshot) else p
             for p in save.parts
@@ -158,7 +178,7 @@ class Saver:
         """On all ranks, in the background thread or in the main one."""
         started = time.perf_counter()
         try:
-            self._copy_watched(save)
+            together(lambda: self._copy_watched(save), group=self._group)
             self._check_space(save)
             save.manifest = storage.write(save.parts, self.place, save.name, save.about, group=self._group)
             if save.compact and not self.place.url:
@@ -186,7 +206,7 @@ class Saver:
     def _compact(self, save: "_Save") -> None:
         """Make the delta that was just written full, on all ranks; it stays a delta when that fails."""
         try:
-            whole = chain.open_chain(self.place, save.name)
+            whole = together(lambda: chain.open_chain(self.place, save.name), group=self._group)
             parts = whole.lazy_parts(share=(self.world.rank, self.world.size))
             self._check_space(_Save(parts, save.about, save.name))
 
@@ -214,12 +234,15 @@ class Saver:
 
     def _remove_old(self) -> None:
         names = self.place.names()
-        every = self.config.keep_every
-        stay = [name for name in names[:-1] if every and step_of(name) % every == 0] + names[-self.config.keep :]
-        needed = set(stay)
-        for name in stay:
-            with contextlib.suppress(Damaged):
+        every, kept, needed = self.config.keep_every, 0, set()
+        for name in reversed(names):
+            wanted = kept < self.config.keep
+            if not wanted and not (every and step_of(name) % every == 0):
+                continue
+            needed.add(name)
+            with contextlib.suppress(Damaged):  # it stays, and counts for nothing: the whole one before it must not go
                 needed |= {member for member, _ in chain.members(self.place, name)}
+                kept += wanted
         for name in reversed(names):
             if name not in needed:
                 self.place.remove(name)
@@ -265,7 +288,10 @@ class Saver:
             return f"{what}: {type(error).__name__}: {error}"
         free = self.place.free_bytes()
         room = f" ({_mib(free)} free)" if free is not None and error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        whole = len(self.place.names())
+        try:
+            whole = len(self.place.names())
+        except Exception:  # the place itself is gone: of that every rank would have to learn, and `what` says it
+            return f"{what}: {error.strerror or error}{room}"
         return (
             f"{what}: {error.strerror or error}{room}; nothing is left of it, and the {whole} finished "
             f"checkpoint{'' if whole == 1 else 's'} in {self.place} {'is' if whole == 1 else 'are'} whole"
@@ -279,7 +305,8 @@ class _Save:
     name: str
     thread: threading.Thread | None = None
     manifest: Manifest | None = None
-    error: Exception | None = None
+    unready: Exception | None = None  # what went wrong on this rank before anything was written
+    error: Exception | None = None  # on all ranks
     compact: bool = False
     snapshot: Snapshot | None = None
     compacted: bool = False

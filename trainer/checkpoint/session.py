@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from kernels.errors import UserError
 from sharding.snapshot import Snapshot
 from sharding.table_state import fused_kernels
-from sharding.touched import Touched
+from sharding.touched import Key, Touched
+from sharding.update_counts import UpdateCounts
 from trainer import config as configs
 from trainer import pulse
 from trainer.checkpoint import by_id, restore, state, tools, transfer
-from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement
+from trainer.checkpoint.agree import NOTHING, SAVE, STOP, Agreement, from_first, together
 from trainer.checkpoint.chain import Chain
-from trainer.checkpoint.manifest import Manifest, Position
+from trainer.checkpoint.manifest import COUNTED_SINCE, Manifest, Position
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.storage import Part
 from trainer.runlog import RunLog
 
 
@@ -64,6 +66,8 @@ class Session:
         self.resumed: dict[str, Any] | None = None  # for report.json
         self._wanted = NOTHING
         self._last_saved: int | None = None  # step
+        self._counts = UpdateCounts(built.model.module) if config.checkpoint.count_updates else None
+        self._counted_since = 0  # step
         self._touched = Touched(built.model.module) if config.checkpoint.deltas else None
         # On a GPU the copy to the host is made at once: a second stream would read what the step's writes.
         watch = config.checkpoint.background and world.device.type == "cpu"
@@ -76,9 +80,10 @@ class Session:
         progress = self.resume(resume) if resume else Progress()
         source = self.built.config.checkpoint.init_from
         if source is not None and self.resumed is None:
-            chain = tools.open_at(source)
+            chain = from_first(lambda: tools.open_at(source))
             self.log.event("message", level="info", text=f"beginning with the weights of {chain.path}")
-            for note in transfer.init_from(self.built.model, chain, rows=self.built.config.checkpoint.init_rows):
+            allowed = self.built.config.checkpoint.init_rows
+            for note in together(lambda: transfer.init_from(self.built.model, chain, rows=allowed)):
                 self.log.event("message", level="info", text=note)
         return progress
 
@@ -129,15 +134,17 @@ class Session:
             "changed": harmless,
         }
         self._last_saved = position.step
-        return Progress(step=position.step, samples=position.samples, **manifest.values)
+        values = dict(manifest.values)
+        since = values.pop(COUNTED_SINCE, None)
+        self._counted_since = position.step if since is None else since
+        if self._counts is not None and since is None:
+            self.log.event("message", level="info", text=f"updates of rows are counted from step {position.step} on")
+        return Progress(step=position.step, samples=position.samples, **values)
 
     def _set_aside(self, step: int) -> None:
         """Later checkpoints belong to a history that this run now leaves; "auto" must not go on from them."""
-        if self.built.world.is_first:
-            for name in restore.set_aside_after(self.place, step):
-                self.log.event(
-                    "message", level="info", text=f"set aside {name}: it is later than where this run goes on"
-                )
+        for name in from_first(lambda: restore.set_aside_after(self.place, step)):
+            self.log.event("message", level="info", text=f"set aside {name}: it is later than where this run goes on")
 
     def stopping(self) -> bool:
         """Whether the ranks have agreed to stop.  All call it together: after every step and every batch evaluated."""
@@ -146,6 +153,8 @@ class Session:
 
     def after_step(self, progress: Progress) -> bool:
         """Save if it is time; True when the run has to stop, and is saved."""
+        if self._counts is not None:
+            self._counts.after_step()
         self.saver.poll()
         if self.stopping():
             self._save(progress, must=True)
@@ -165,25 +174,30 @@ class Session:
         self._wanted = min(self._wanted, NOTHING) if self._wanted == SAVE else self._wanted
         pulse.mark("save", progress.step)
         self.saver.wait()
-        if must and self._last_saved == progress.step and f"step_{progress.step}" in self._names():
+        # The last one is full; under a URL, where nothing can be replaced in one move, it may stay a delta.
+        again = whole and self._deltas > 0 and not self.place.url
+        if must and self._last_saved == progress.step and not again and f"step_{progress.step}" in self._names():
             return
         self.log.event("phase", name="saving")
         built = self.built
-        rows = self._touched.take() if self._touched else None
+        rows: dict[Key, Tensor] = {}
         # A delta only to what this very process has written, so that both have one plan; and the last one is full.
-        delta = rows is not None and self._deltas >= 0 and not whole
+        delta = self._touched is not None and self._deltas >= 0 and not whole
         if self.place.url and self._deltas >= built.config.checkpoint.deltas:
             delta = False  # nothing there can be replaced in one move, so deltas are not merged
-        parts = state.parts_of(built.model, built.optimizer, fused=not delta)
-        parts += state.own_parts(built.model, built.world.rank, self.metrics)
-        if delta:
-            assert rows is not None
-            parts += state.delta_parts(built.model, rows)
-        parts += by_id.parts_of(built.model, rows if delta else None)
+
+        def parts() -> list[Part]:
+            if self._touched is not None:
+                rows.update(self._touched.take())
+            found = state.parts_of(built.model, built.optimizer, fused=not delta)
+            found += state.own_parts(built.model, built.world.rank, self.metrics)
+            if delta:
+                found += state.delta_parts(built.model, rows)
+            return found + by_id.parts_of(built.model, rows if delta else None)
 
         def done(manifest: Manifest | None, *, ok: bool, compacted: bool) -> None:
             if not ok:
-                if rows is not None and self._touched is not None:
+                if self._touched is not None:
                     self._touched.give_back(rows)
                 return
             self._deltas = 0 if compacted or not delta else self._deltas + 1
@@ -200,9 +214,10 @@ class Session:
         self.log.event("phase", name="training")
 
     def _names(self) -> list[str]:
-        box = [self.place.names() if self.built.world.is_first else None]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0] or []
+        try:
+            return from_first(self.place.names)
+        except (OSError, UserError, RuntimeError):  # what is saved next says it
+            return []
 
     def _manifest(self, progress: Progress, *, delta: bool) -> Any:
         built = self.built
@@ -215,6 +230,8 @@ class Session:
             data_fingerprint=built.dataset.fingerprint,
         )
         values = {"train_seconds": progress.train_seconds, "evaluated": progress.evaluated}
+        if self._counts is not None:
+            values[COUNTED_SINCE] = self._counted_since
         return lambda files, tensors: Manifest(
             position=position,
             config=built.config.to_toml(),
@@ -228,6 +245,6 @@ class Session:
 
 def restored(model: Any, place: Any) -> Position:
     """Fill a model's weights from the newest whole checkpoint, for evaluation and prediction."""
-    chain = restore.newest(place)
-    state.load(model, None, chain)
+    chain = from_first(lambda: restore.newest(place))
+    together(lambda: state.load(model, None, chain))
     return chain.manifest.position

@@ -3,6 +3,7 @@
     tables/TABLE/weight             (E, D) as stored; with the states of one number per element beside it
     tables/TABLE/STATE:C0-C1        (E,) a state of one number per row, of the table's columns C0 .. C1-1
     tables/TABLE/scale:C0-C1        (E,) likewise, the scales of rows of int8 (kernels/int8.py)
+    tables/TABLE/updates            (E,) int32, in how many steps a row was updated, where the run counts that
     tables/TABLE/parts:P0-P1/...    of a table whose rows are given to ids: by_id.py
     dense/NAME                      parameters and buffers outside the tables, equal on all ranks
     optimizer/PARAMETER/STATE       of the dense layers
@@ -14,7 +15,7 @@ Shapes: E rows, D columns, W ranks.
 import base64
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,9 @@ from sharding.embeddings import stored_dim
 from sharding.plan import embeddings_of
 from sharding.table_state import SCALE, WEIGHT, Held, held_parts, set_updates
 from sharding.touched import Key
+from sharding.update_counts import UPDATES, held_counts
 from trainer.checkpoint import by_id, scaled
+from trainer.checkpoint.agree import together
 from trainer.checkpoint.chain import Chain
 from trainer.checkpoint.storage import Part, whole
 from trainer.optim.base import TABLES, table_of
@@ -50,8 +53,13 @@ def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> 
     if optimizer is None:
         parts = [part for part in parts if part.name.rpartition("/")[2].partition(":")[0] in (WEIGHT, SCALE)]
     in_backward = {part.table for part in parts}
+    counts = (
+        [_table_part(held, sizes[held.table]) for held in held_counts(model.module)] if optimizer is not None else []
+    )
     given = embeddings_of(model.module).by_id
+    parts += [replace(part, watched=True) for part in counts if part.table in in_backward]
     parts = parts if fused else []
+    parts += [part for part in counts if part.table not in in_backward]
     for name, value in model.state_dict().items():
         if name.startswith(TABLES):
             table = table_of(name)
@@ -86,9 +94,9 @@ def parts_of(model: nn.Module, optimizer: Any | None, *, fused: bool = True) -> 
 def delta_parts(model: nn.Module, touched: Mapping[Key, Tensor]) -> list[Part]:
     """The touched rows of this rank's table parts, copied: their numbers, weights and states."""
     found = []
-    for held in held_parts(model.module):
-        rows_U = touched[held.table, held.row, held.column]
-        if not len(rows_U):
+    for held in [*held_parts(model.module), *held_counts(model.module)]:
+        rows_U = touched.get((held.table, held.row, held.column))  # None: replicated
+        if rows_U is None or not len(rows_U):
             continue
         prefix = f"tables/{held.table}/delta:{held.row}-{held.column}"
         tensors = {held.what: held.tensor.index_select(0, rows_U)}
@@ -114,14 +122,22 @@ def load(model: nn.Module, optimizer: Any | None, chain: Chain) -> None:
     Raises Damaged, or UserError for another model.
     """
     manifest = chain.manifest
-    if optimizer is not None:
-        _make_states(optimizer, chain)
-    parts = parts_of(model, optimizer)
-    _check_names(parts, chain, with_optimizer=optimizer is not None)
-    extra = [part for part in parts if part.name.endswith(EXTRA)]
-    with torch.no_grad():
+
+    def fit() -> tuple[list[Part], list[Part], Callable[[], None], Callable[[], None]]:
+        if optimizer is not None:
+            _make_states(optimizer, chain)
+        parts = parts_of(model, optimizer)
+        _check_names(parts, chain, with_optimizer=optimizer is not None)
+        if not counts_updates(chain):
+            for part in (part for part in parts if _is_count(part)):
+                part.tensor.zero_()
+            parts = [part for part in parts if not _is_count(part)]
+        extra = [part for part in parts if part.name.endswith(EXTRA)]
         parts, merge_scales = scaled.fit([part for part in parts if not part.name.endswith(EXTRA)], chain)
-        direct, merge = _fit_row_states(parts, chain)
+        return extra, *_fit_row_states(parts, chain), merge_scales
+
+    with torch.no_grad():
+        extra, direct, merge, merge_scales = together(fit)  # a rank may lack a table of those that do not fit
         chain.load(direct)
         merge()
         merge_scales()
@@ -140,6 +156,15 @@ def load(model: nn.Module, optimizer: Any | None, chain: Chain) -> None:
             for name, state, value in _states(optimizer):
                 if name.startswith(TABLES) and state == "step":
                     value.fill_(manifest.position.step)
+
+
+def counts_updates(chain: Chain) -> bool:
+    """Whether it says in how many steps each row was updated."""
+    return any(name.endswith(f"/{UPDATES}") for name in chain.tensors)
+
+
+def _is_count(part: Part) -> bool:
+    return part.table is not None and part.name.endswith(f"/{UPDATES}")
 
 
 def load_own(model: nn.Module, rank: int, world_size: int, metrics: Mapping[str, Tensor], chain: Chain) -> bool:
@@ -188,6 +213,8 @@ def set_rng_state(model: nn.Module, found: dict[str, Any]) -> None:
 
 def _table_part(held: Held, size: tuple[int, int]) -> Part:
     name = f"tables/{held.table}/{held.what}"
+    if held.what == UPDATES:
+        return Part(name=name, size=size[:1], offset=(held.row,), tensor=held.tensor, table=held.table)
     if held.tensor.dim() == 1:
         name += f":{held.column}-{held.column + held.columns}"
         return Part(name=name, size=size[:1], offset=(held.row,), tensor=held.tensor, table=held.table)

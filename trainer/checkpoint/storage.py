@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from kernels.errors import UserError
+from trainer.checkpoint.agree import shared
 from trainer.checkpoint.files import READERS, Files, write_tensor
-from trainer.checkpoint.manifest import DTYPES, Chunk, Damaged, Entry, Manifest
+from trainer.checkpoint.manifest import DTYPES, Chunk, Entry, Manifest
 from trainer.checkpoint.place import Place
 
 FILE_BYTES = 128 << 20  # a rank's file is closed once it is this large
@@ -124,14 +125,10 @@ def read_into(parts: Sequence[Part], files: Files, *, group: Any = None) -> None
         raise first_cause(error) from error
 
 
-def first_cause(error: dcp.api.CheckpointException) -> BaseException:
+def first_cause(error: dcp.api.CheckpointException) -> Exception:
     """What the first failing rank raised, with its number in front."""
     rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
-    if isinstance(inner, (Damaged, UserError)):
-        return inner
-    if isinstance(inner, OSError):
-        return OSError(inner.errno, f"rank {rank}: {inner.strerror or inner}", inner.filename)
-    return RuntimeError(f"rank {rank}: {type(inner).__name__}: {inner}")
+    return shared(inner, rank)
 
 
 class _SavePlanner(DefaultSavePlanner):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from trainer.checkpoint import by_id, scaled, storage
+from sharding.update_counts import UPDATES
+from trainer.checkpoint import by_id, counts, scaled, storage
 from trainer.checkpoint import files as files_module
 from trainer.checkpoint import manifest as manifests
-from trainer.checkpoint.chain import LAZY_BYTES, Chain, open_chain
+from trainer.checkpoint.chain import Chain, open_chain, steps
 from trainer.checkpoint.manifest import Damaged, Entry, Manifest
 from trainer.checkpoint.place import Place, step_of
-from trainer.checkpoint.restore import newest, place_of, split
+from trainer.checkpoint.restore import newest, open_named, place_of, split
 from trainer.checkpoint.storage import Part
 
 
@@ -46,9 +47,7 @@ def open_at(where: str) -> Chain:
     place, name = locate(where)
     if name is None:
         return newest(place)
-    if not place.sizes(name):
-        raise UserError(f"{where}: no such checkpoint; there are {', '.join(place.names()) or 'none'} in {place}")
-    return open_chain(place, name)
+    return open_named(place, name, where)
 
 
 def ls(where: str) -> dict[str, Any]:
@@ -116,8 +115,9 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
     """Figures of every table, or of one and the values of some of its rows; in a table whose rows are given to ids, of
     these ids (by_id.py), and the figures are of each part of it.
 
-    norm: the L2 norm of a row.  never_updated: rows whose optimizer state is all zero (None where the optimizer has no
-    state); zero_rows: rows of zeros.
+    norm: the L2 norm of a row.  never_updated: rows whose optimizer state is all zero, or that the update counts say so
+    of where the optimizer has no state (None without either); zero_rows: rows of zeros.  updates: counts.py's, None
+    where the run did not count.
     """
     chain = open_at(where)
     entries = {n: e for n, e in chain.tensors.items() if e.table is not None}
@@ -163,7 +163,8 @@ def _row_of_id(chain: Chain, table: str, id: int) -> dict[str, Any]:
         live_K = by_id.live_rows(chain, base)
         found = live_K[chain.read(f"{base}/id")[live_K] == id]
         if len(found):
-            names = [*_states(chain, base), f"{base}/weight", f"{base}/clock", f"{base}/uses"]
+            names = [*_states(chain, base), *(f"{base}/{what}" for what in ("weight", "clock", "uses"))]
+            names += [name for name in (f"{base}/{UPDATES}",) if name in chain.tensors]
             row = int(found[0])
             return {"row": id, **{n.rpartition("/")[2]: read(n, row) for n in names}}
     return {"row": id, "default": read(f"{bases[0]}/weight", 0)}
@@ -180,7 +181,7 @@ def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, An
     scales = [scale for scale, *_ in scaled.scales_in(chain, base)]
     states = [n for n in _states(chain, base) if n not in scales]
     total, least, most, zero, idle = 0.0, math.inf, 0.0, 0, 0
-    for first, end in _steps(entry):
+    for first, end in steps(entry):
         weights = scaled.values(chain, name, rows=(first, end)).float()
         norm_E = weights.norm(dim=1)
         total += norm_E.double().sum().item()
@@ -192,7 +193,8 @@ def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, An
                 state_E = chain.read(state, rows=(first, end))
                 still_E &= (state_E == 0).view(end - first, -1).all(dim=1)
             idle += int(still_E.sum())
-    rows = entry.size[0]
+    rows, updates = entry.size[0], counts.figures(chain, base)
+    never = updates["never"] if updates is not None and updates["since"] == 0 else None
     return {
         "table": base.removeprefix("tables/"),
         "rows": rows,
@@ -201,7 +203,8 @@ def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, An
         "states": sorted(n.rpartition("/")[2] for n in states),
         "norm": {"mean": total / rows, "least": least, "largest": most},
         "zero_rows": zero,
-        "never_updated": idle if states else None,
+        "never_updated": idle if states else never,
+        "updates": updates,
     }
 
 
@@ -229,7 +232,7 @@ def export(where: str, out: Path) -> dict[str, Any]:
         fields = [("row", pa.int64()), *ids, *((f"v{c}", pa.float32()) for c in range(entry.size[1]))]
         owners = by_id.owners(chain, base) if given else None
         with pq.ParquetWriter(path, pa.schema(fields), compression="zstd") as writer:
-            for first, end in _steps(entry):
+            for first, end in steps(entry):
                 rows_UD = scaled.values(chain, name, rows=(first, end)).float().numpy()
                 columns = [
                     pa.array(range(first, end), pa.int64()),
@@ -288,15 +291,9 @@ def _shared(chain: Chain) -> dict[str, Entry]:
     return {name: entry for name, entry in chain.tensors.items() if not name.startswith("ranks/")}
 
 
-def _steps(entry: Entry) -> Iterator[tuple[int, int]]:
-    step = max(1, LAZY_BYTES // max(1, entry.row_bytes))
-    for first in range(0, entry.size[0], step):
-        yield first, min(first + step, entry.size[0])
-
-
 def _pieces(first: Chain, second: Chain, name: str, entry: Entry) -> Iterator[tuple[int, Tensor, Tensor]]:
     if not entry.size:
         yield 0, first.read(name).view(1), second.read(name).view(1)
         return
-    for start, end in _steps(entry):
+    for start, end in steps(entry):
         yield start, *(scaled.values(chain, name, rows=(start, end)) for chain in (first, second))
