@@ -348,10 +348,13 @@ def _one_of(name: str, value: object, known: Sequence) -> None:
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; a large buffer on Linux's CPU takes memory as its pages are first written, and none for the others."""
+    """Zeros; a large buffer on Linux's CPU takes memory as its pages are first written, and none for the others.
+
+    Private memory: Python's default is a shared mapping, to which the kernel gives no huge pages.
+    """
     used = size * dtype.itemsize
     if device.type == "cpu" and sys.platform == "linux" and used >= 2 * HUGE_PAGE:
-        flat = torch.frombuffer(mmap.mmap(-1, used), dtype=dtype)
+        flat = torch.frombuffer(mmap.mmap(-1, used, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype)
         _advise_huge(flat)
         return flat
     return blank(size, dtype, device).zero_()
