@@ -33,12 +33,13 @@ from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType, data_type_to_dtype
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from kernels.ops import Optimizer, Spec, Table, TableBatchedEmbeddingBag
 from sharding.plan import AllTypesSharder, embeddings_of
+from sharding.pooled_exchange import PooledExchange
 
 # Our states in the order of kernels.ops.STATES, as FBGEMM's get_optimizer_state names them.
 STATE_NAMES = {
@@ -100,11 +101,19 @@ class KernelCollection(ShardedEmbeddingBagCollection):
     """TorchRec's sharded collection with our kernel in its look-ups."""
 
     def __init__(
-        self, *args: Any, backend: str, optimizer: Optimizer, output: torch.dtype = torch.float32, **kwargs: Any
+        self,
+        module: EmbeddingBagCollection,
+        *args: Any,
+        backend: str,
+        optimizer: Optimizer,
+        output: torch.dtype = torch.float32,
+        **kwargs: Any,
     ) -> None:
-        # First: TorchRec's __init__ creates the look-ups.
+        # First: TorchRec's __init__ creates the look-ups and exchanges.
         self._kernel, self._output = {"backend": backend, "optimizer": optimizer}, output
-        super().__init__(*args, **kwargs)
+        names = [name for of_table in get_embedding_names_by_table(module.embedding_bag_configs()) for name in of_table]
+        self._places = {name: place for place, name in enumerate(names)}
+        super().__init__(module, *args, **kwargs)
 
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:
@@ -126,6 +135,39 @@ class KernelCollection(ShardedEmbeddingBagCollection):
 
     def _lookup(self, sharding: Any, **kwargs: Any) -> "KernelLookup":
         return KernelLookup(**kwargs)
+
+    def _create_output_dist(self) -> None:
+        """TorchRec's, but on a CPU with several ranks `PooledExchange` where the vectors of a type are whole.
+
+        Its columns come in the order of the tables in the collection, whatever ranks they are on, so that where all
+        tables are of such a type nothing is left to permute.
+        """
+        super()._create_output_dist()
+        if self._device is None or self._device.type != "cpu" or self._env.world_size == 1:
+            return
+        names: list[str] = []
+        dims: list[int] = []
+        for at, sharding in enumerate(self._embedding_shardings):
+            if isinstance(sharding, (TwPooledEmbeddingSharding, CwPooledEmbeddingSharding)):
+                of_type, self._output_dists[at] = self._exchange(sharding)
+            else:
+                of_type = dict(zip(sharding.embedding_names(), sharding.embedding_dims(), strict=True))
+            names += of_type.keys()
+            dims += of_type.values()
+        self._embedding_names, self._embedding_dims = names, dims
+        self._dim_per_key = torch.tensor(dims, device=self._device)
+
+    def _exchange(self, sharding: Any) -> tuple[dict[str, int], PooledExchange]:
+        """Columns of each embedding in the order in which the exchange gives them, and the exchange."""
+        names, metadata = sharding.uncombined_embedding_names(), sharding.embedding_shard_metadata()
+        widths = sharding.uncombined_embedding_dims()
+        first_columns = [0 if part is None else part.shard_offsets[1] for part in metadata]
+        order = sorted(range(len(names)), key=lambda part: (self._places[names[part]], first_columns[part]))
+        columns: dict[str, int] = {}
+        for part in order:
+            columns[names[part]] = columns.get(names[part], 0) + widths[part]
+        by_rank = sharding._emb_dim_per_rank_per_feature()
+        return columns, PooledExchange(self._env.process_group, widths=by_rank, order=order)
 
 
 class KernelLookup(GroupedPooledEmbeddingsLookup):
