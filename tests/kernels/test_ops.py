@@ -86,6 +86,15 @@ def test_large_tables_start_as_zeros():
     assert not state.weights.any()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about a process's memory")
+def test_large_tables_lie_in_private_memory():
+    """Python's anonymous maps are shared by default, and the kernel gives shared memory no huge pages."""
+    weights = State(Spec(tables=(Table(rows=1 << 18, dim=16),))).weights
+    maps = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [(*(int(end, 16) for end in where.split("-")), kind) for where, kind in maps]
+    assert [kind for first, end, kind in ranges if first <= weights.data_ptr() < end] == ["rw-p"]
+
+
 def test_random_bits_are_even_and_differ():
     spec = Spec(tables=(Table(rows=1000, dim=64),))
     rows = torch.arange(1000)
