@@ -25,6 +25,7 @@ from sharding.cost import Prices
 STEPS = 40  # of a bisection
 MULTIPLIER_STEPS = 24
 HOST_STEPS = 10  # of the multiplier of the host's memory, each with a search for the device's
+TINY = 1e-9  # seconds: shorter than any step
 SLACK = 1e-9  # relative; sums in another order differ by less
 CLOSE = 2e-3  # a set of sharding types whose bound cannot be lower by more than this is not looked at in detail
 
@@ -118,9 +119,11 @@ def lower_bound(options: Options, *, upper: float) -> float:
     best = np.inf
     free = _smallest(options, options.allowed, (0.0, 0.0), 0.0, upper)  # all types, none of them paid for
     subsets = [s for n in range(1, len(types) + 1) for s in combinations(types, n)]
-    for subset in sorted(subsets, key=lambda s: group_seconds(options.prices, s)):
-        group = group_seconds(options.prices, subset)
-        quick = free + group[0]
+    # Where the ids' path binds, only what the types add to that path is added to the step.
+    least = {s: min(group) if options.prices.hidden else group[0] for s in subsets for group in
+             [group_seconds(options.prices, s)]}  # fmt: skip
+    for subset in sorted(subsets, key=lambda s: (least[s], group_seconds(options.prices, s))):
+        group, quick = group_seconds(options.prices, subset), free + least[subset]
         if quick >= best * (1 - CLOSE):
             best = min(best, quick)
             break  # the others cost more still
@@ -169,7 +172,13 @@ def _smallest(
     low = max(low, base + group[0], group[1])
     if not high > low or passes(options, allowed, low, group, packed=packed):
         return min(low, high)
-    if not passes(options, allowed, high, group, packed=packed):
+    if not np.isfinite(high):  # nothing to bisect with: double until a step passes, which the longest ones do
+        high = 2 * max(low, TINY)
+        while np.isfinite(high) and not passes(options, allowed, high, group, packed=packed):
+            low, high = high, 2 * high
+        if not np.isfinite(high):
+            return high
+    elif not passes(options, allowed, high, group, packed=packed):
         return high
     for _ in range(STEPS if not packed else 16):
         middle = 0.5 * (low + high)

@@ -34,18 +34,25 @@ Demand = tuple[tuple[int, int], ...]  # ((cells, how many), ...): parts of a tab
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """ranks: that no plan of this step does without.  kinds (T,): rounded, where the program is solved, else None."""
+    """ranks: that no plan of this step does without.  kinds: [(T,), ...], shares rounded in some ways, the nearest
+    first; none where the program is not solved."""
 
     ranks: float
-    kinds: np.ndarray | None
+    kinds: tuple[np.ndarray, ...]
 
 
 def relax(
-    options: Options, shardings: Sequence[str], step: float, *, cells: int = CELLS, spare: float = 0.0
+    options: Options,
+    shardings: Sequence[str],
+    step: float,
+    *,
+    cells: int = CELLS,
+    spare: float = 0.0,
+    roundings: int = 1,
 ) -> Relaxation:
     """The program for steps of `step` seconds with these sharding types; it ends when it fits the ranks, or cannot.
 
-    spare: share of a rank's time to leave free.
+    spare: share of a rank's time to leave free.  roundings: how many to make of the shares.
     """
     prices, world = options.prices, options.prices.topology.world_size
     group = group_seconds(prices, shardings)
@@ -53,9 +60,9 @@ def relax(
     hidden = (step - group[1]) * (1 + SLACK)
     fits = options.only(shardings) & (options.main_max <= room) & (options.input_max <= hidden)
     if room <= 0 or not fits.any(0).all():
-        return Relaxation(np.inf, None)
+        return Relaxation(np.inf, ())
     program = _Program(options, fits, room, cells)
-    return program.solve(world)
+    return program.solve(world, roundings)
 
 
 class _Program:
@@ -87,7 +94,7 @@ class _Program:
         self.known: set[Demand] = set()
         self._add({((int(s), cells // int(s)),) for s in self.sizes_S})
 
-    def solve(self, world: int) -> Relaxation:
+    def solve(self, world: int, roundings: int) -> Relaxation:
         proved = 0.0
         for _ in range(ROUNDS):
             ranks, worth_G, shares_O = self._dual()
@@ -96,10 +103,10 @@ class _Program:
             # Prices that are divided by the worth of the best configuration violate none.
             proved = max(proved, self._value(worth_G) / max(1.0, best_G[-1] * (1 + WORTH)))
             if ranks <= world or proved > world * (1 + WORTH) or best_G[-1] <= 1 + WORTH:
-                return Relaxation(proved, self._rounded(shares_O) if ranks <= world * (1 + WORTH) else None)
+                return Relaxation(proved, self._roundings(shares_O, roundings) if ranks <= world * (1 + WORTH) else ())
             if not self._add(self._violated(worth_G, best_G, last_G)):
                 break
-        return Relaxation(proved, None)
+        return Relaxation(proved, ())
 
     def _dual(self) -> tuple[float, np.ndarray, np.ndarray]:
         """(ranks, worth of a part by its cells, shares of the kinds) with the configurations known so far."""
@@ -143,9 +150,22 @@ class _Program:
             found.add(tuple(sorted(has.items())))
         return found
 
-    def _rounded(self, shares_O: np.ndarray) -> np.ndarray:
-        """(T,) a kind for every table: of each class as many of a kind as its share says, the largest rests rounded
-        up."""
+    def _roundings(self, shares_O: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+        """Up to `count` different (T,) kinds for every table: of each class as many of a kind as its share says.
+
+        What is left of the shares goes to the largest rests first; then, where a class has several, to kinds drawn by
+        their rests (Raghavan and Thompson, "Randomized rounding", 1987), from a fixed seed.
+        """
+        rng = np.random.default_rng(0)
+        found = {self._rounded(shares_O, None).tobytes(): None}
+        for _ in range(2 * count):
+            if len(found) >= count:
+                break
+            found[self._rounded(shares_O, rng).tobytes()] = None
+        return tuple(np.frombuffer(kinds, int) for kinds in found)
+
+    def _rounded(self, shares_O: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """(T,) rng: draws who gets what is left of the shares; None: the largest rests do."""
         kinds = np.zeros(self.tables, int)
         start = 0
         for members in self.members:
@@ -153,8 +173,12 @@ class _Program:
             share = np.maximum(shares_O[start : start + demands], 0.0)
             share *= len(members) / max(share.sum(), 1e-12)
             many = np.floor(share + 1e-6).astype(int)
-            for o in np.argsort(many - share, kind="stable")[: len(members) - int(many.sum())]:
-                many[o] += 1
+            rest, left = np.maximum(share - many, 0.0), len(members) - int(many.sum())
+            if rng is not None and left and rest.sum() > 0:
+                many += rng.multinomial(left, rest / rest.sum())
+            else:
+                for o in np.argsort(-rest, kind="stable")[:left]:
+                    many[o] += 1
             chosen = np.repeat(np.arange(demands), many)
             for (t, of_table), o in zip(members, chosen, strict=True):
                 kinds[t] = of_table[o]

@@ -79,42 +79,90 @@ class Placer:
 
     def fill(self, chosen: np.ndarray, step: float) -> Found | None:
         """A plan with these kinds that takes no longer than `step`, or None where none was found."""
-        started = self._started(chosen, np.array([self.main[k][t].max() for t, k in enumerate(chosen)]))
+        order = np.array([self.main[k][t].max() for t, k in enumerate(chosen)])
+        whole_hosts = any(self.places[k] in ("host", "hosts") for k in chosen)
+        for filled in (True, False) if whole_hosts else (False,):
+            found = self._filled(chosen, order, step, hosts_filled=filled)
+            if found is not None:
+                return found
+        return None
+
+    def _filled(self, chosen: np.ndarray, order: np.ndarray, step: float, *, hosts_filled: bool) -> Found | None:
+        """hosts_filled: put the parts that take a whole host on one host after the other too, else on those with least
+        so far."""
+        started = self._started(chosen, order, step=step if hosts_filled else None)
         if started is None:
             return None
         loads, free = started
+        if not self._fill_ranks(free, chosen, loads, step):
+            return None
+        return self._made(chosen, loads)
+
+    def _room(self, loads: _Loads, step: float) -> tuple[np.ndarray, np.ndarray]:
+        """((4,) what an empty rank has for parts, (W,) the share of it that each rank has left)."""
         # Of a host's memory every rank has an equal share here.
         limits = np.array([step, step, self.options.device_limit, self.options.host_limit / self.local])
         used = np.array([loads.main, loads.hidden, loads.device, loads.host])
         whole = limits - [loads.main.min(), loads.hidden.min(), 0.0, 0.0]
         left_W = ((limits[:, None] - used) / whole[:, None]).min(0) if whole.min() > 0 else np.array([-1.0])
-        if left_W.min() < -1e-12:
-            return None
-        # The largest share of the four: parts whose shares sum to at most what is left exceed none of them.
+        return whole, left_W
+
+    def _sizes(self, tables: Sequence[int], chosen: np.ndarray, whole: np.ndarray) -> list[int]:
+        """In cells, the largest share of the four that a part takes: parts whose shares sum to at most what is left
+        exceed none of them."""
         shares = [
-            max((self.main[k][t, 0], self.input[k][t, 0], self.device[k][t, 0], self.host[k][t, 0]) / whole)
-            for t, k in ((t, chosen[t]) for t in free)
+            max((self.main[k][t].max(), self.input[k][t].max(), self.device[k][t].max(), self.host[k][t].max()) / whole)
+            for t, k in ((t, chosen[t]) for t in tables)
         ]
-        sizes = np.ceil(np.array(shares) * CELLS * (1 - 1e-12)).astype(int)
-        counts = [self.prices.kinds[chosen[t]].kind.column_parts for t in free]
-        filled = _fill(sizes.tolist(), counts, np.floor(left_W * CELLS + 1e-6).astype(int).tolist())
+        return np.ceil(np.array(shares) * CELLS * (1 - 1e-12)).astype(int).tolist()
+
+    def _fill_ranks(self, tables: Sequence[int], chosen: np.ndarray, loads: _Loads, step: float) -> bool:
+        """Put parts that may stand on any distinct ranks, the largest first; False where they find no room."""
+        whole, left_W = self._room(loads, step)
+        if left_W.min() < -1e-12:
+            return False
+        counts = [self.prices.kinds[chosen[t]].kind.column_parts for t in tables]
+        capacities = np.floor(left_W * CELLS + 1e-6).astype(int).tolist()
+        filled = _fill(self._sizes(tables, chosen, whole), counts, capacities)
         if filled is None:
-            return None
-        for t, ranks in zip(free, filled, strict=True):
+            return False
+        for t, ranks in zip(tables, filled, strict=True):
             k, at = chosen[t], list(ranks)
             for total, part in self._parts(loads):
                 total[at] += part[k][t, 0]
             loads.ranks[t] = ranks
         self.parts_placed += sum(counts)
-        return self._made(chosen, loads)
+        return True
+
+    def _fill_hosts(self, tables: Sequence[int], chosen: np.ndarray, loads: _Loads, step: float) -> bool:
+        """The same for tables of which a part stands on each rank of one host or of several."""
+        whole, left_W = self._room(loads, step)
+        if left_W.min() < -1e-12:
+            return False
+        left_H = left_W.reshape(self.hosts, self.local).min(1)
+        kinds = [self.prices.kinds[chosen[t]].kind for t in tables]
+        counts = [kind.column_parts for kind in kinds]
+        capacities = np.floor(left_H * CELLS + 1e-6).astype(int).tolist()
+        filled = _fill(self._sizes(tables, chosen, whole), counts, capacities)
+        if filled is None:
+            return False
+        for t, hosts in zip(tables, filled, strict=True):
+            at_HL = np.array(hosts)[:, None] * self.local + np.arange(self.local)
+            for total, part in self._parts(loads):
+                total[at_HL] += part[chosen[t]][t]
+            loads.ranks[t] = tuple(at_HL.ravel().tolist())
+        self.parts_placed += HOST_WORK * len(filled)
+        return True
 
     def _parts(self, loads: _Loads) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         yield from ((loads.main, self.main), (loads.hidden, self.input), (loads.device, self.device))
         yield loads.host, self.host
 
-    def _started(self, chosen: np.ndarray, order: np.ndarray) -> tuple[_Loads, list[int]] | None:
+    def _started(
+        self, chosen: np.ndarray, order: np.ndarray, *, step: float | None = None
+    ) -> tuple[_Loads, list[int]] | None:
         """The loads with the parts that have no choice of ranks or one of hosts, and the other tables, the largest by
-        `order` first."""
+        `order` first.  step: fill hosts up to it with tables that stand on whole ones."""
         used = list(dict.fromkeys(self.prices.kinds[k].kind.sharding for k in chosen))
         group = group_seconds(self.prices, used)
         loads = _Loads(
@@ -131,7 +179,12 @@ class Placer:
             for total, part in self._parts(loads):
                 total += part[chosen[t]][t]
             loads.ranks[t] = tuple(range(self.world))
-        for t in [*by_place.get("hosts", ()), *by_place.get("host", ()), *by_place.get("distinct_on_host", ())]:
+        whole = [*by_place.get("hosts", ()), *by_place.get("host", ())]
+        if step is not None:
+            if not self._fill_hosts(sorted(whole, key=lambda t: (-order[t], t)), chosen, loads, step):
+                return None
+            whole = []
+        for t in [*whole, *by_place.get("distinct_on_host", ())]:
             where = self._hosts_for(t, chosen[t], loads)
             if where is None:
                 return None

@@ -21,6 +21,7 @@ ROUNDS = 7  # of halving the distance between what was reached and what was not
 NEARER = 0.4  # the next step tried, from what was not reached to what was
 SUBSETS = 4  # sets of sharding types that are tried for a step, those that need the fewest ranks first
 SPARES = (0.005, 0.015, 0.03)  # shares of a rank's time that the program leaves free: parts do not fill it wholly
+ROUNDINGS, ROUNDED = 32, 800  # ways to round a program's shares that are tried, and tables in all of them
 FILLS = (1.0, 0.95, 0.85)  # shares of the memory that a choice may use, where it is short
 DECODED = 40_000  # parts placed while improving, over all trials: about a second and a half
 MOVES = 300  # of parts off the slowest rank, when a plan is polished
@@ -63,14 +64,16 @@ def _filled(options: Options, placer: Placer, aim: float, best: Found) -> Found:
 
 def _reach(options: Options, placer: Placer, step: float) -> Found | None:
     """A plan that takes at most `step` seconds, or None where none was found."""
+    roundings = max(1, min(ROUNDINGS, ROUNDED // len(options.prices.tables)))
     for shardings in cheapest_subsets(options, step)[:SUBSETS]:
         for spare in SPARES:
-            kinds = relax(options, shardings, step, spare=spare).kinds
-            if kinds is None:
+            rounded = relax(options, shardings, step, spare=spare, roundings=roundings).kinds
+            if not rounded:
                 break  # and none that leaves more free
-            found = placer.fill(kinds, step)
-            if found is not None:
-                return found
+            for kinds in rounded:
+                found = placer.fill(kinds, step)
+                if found is not None:
+                    return found
     return None
 
 

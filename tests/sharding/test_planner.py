@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from kernels.errors import UserError
-from sharding.bound import Options, lower_bound
+from sharding.bound import Options, cheapest_subsets, lower_bound
+from sharding.configurations import relax
 from sharding.cost import load, price
+from sharding.placing import Placer
 from sharding.planner import Infeasible, Limits, Rule, rules_from, solve
 from sharding.search import search
 from sharding.skew import Skew
@@ -297,3 +299,48 @@ def test_large_cases_are_near_the_bound(tables, batch_size, cluster):
     solution = solve(work, parse(cluster))
     assert solution.bound <= solution.load.step_seconds
     assert solution.gap <= 0.05
+
+
+def on_whole_hosts(prices) -> Options:
+    """Only table_row_wise: every table takes all ranks of one host."""
+    rows = np.array([[kind.kind.sharding == "table_row_wise" for kind in prices.kinds]]).T
+    return Options.of(prices, np.tile(rows, (1, len(prices.tables))), device_limit=1e15, host_limit=1e15)
+
+
+def test_hosts_are_filled_one_after_the_other():
+    # Look-ups in the proportions 3 3 2 2 2 fill two hosts as 3 + 3 and 2 + 2 + 2; each on the emptier one gives 7 to 5.
+    tables = tuple(TableLoad(name=f"t{i}", rows=10_000, dim=16, ids=100.0 * n) for i, n in enumerate((3, 3, 2, 2, 2)))
+    cluster = replace(parse("h100-80gb:2x2"), part_seconds=1e-15, rows_seconds=1e-15, cache=1.0)
+    options = on_whole_hosts(price(Work(tables=tables, batch_size=1 << 15), cluster))
+    (k,) = set(np.flatnonzero(options.allowed.any(1)))
+    placer, kinds = Placer(options), np.full(5, k)
+    longest_first = placer.place(kinds)
+    best = 0.5 * (longest_first.step + lower_bound(options, upper=longest_first.step))
+    filled = placer.fill(kinds, best)
+    assert filled is not None and filled.step <= best < longest_first.step
+    assert load(options.prices, filled.choices).step_seconds == pytest.approx(filled.step, rel=1e-12)
+    by_host = [{rank // 2 for rank in choice.ranks} for choice in filled.choices]
+    assert all(len(hosts) == 1 for hosts in by_host) and by_host[0] == by_host[1]
+    assert placer.fill(kinds, lower_bound(options, upper=np.inf) * 0.9) is None
+
+
+def test_shares_are_rounded_in_several_ways_that_are_the_same_every_time():
+    prices = price(Work(tables=many_tables(40), batch_size=1 << 16), parse("h100-80gb:2x8"))
+    options = Options.of(prices, np.ones((len(prices.kinds), 40), bool), device_limit=7e10, host_limit=1e12)
+    step = 1.1 * lower_bound(options, upper=np.inf)
+    shardings = cheapest_subsets(options, step)[0]
+    one = relax(options, shardings, step).kinds
+    several, again = (relax(options, shardings, step, roundings=8).kinds for _ in range(2))
+    assert len(one) == 1 and (one[0] == several[0]).all()
+    assert 1 < len({kinds.tobytes() for kinds in several}) == len(several) <= 8
+    assert all((a == b).all() for a, b in zip(several, again, strict=True))
+    assert all(options.allowed[kinds, np.arange(40)].all() for kinds in several)
+
+
+def test_without_an_upper_end_the_bound_is_as_near_as_with_one():
+    prices = price(Work(tables=many_tables(40), batch_size=1 << 16), parse("h100-80gb:2x8"))
+    options = Options.of(prices, np.ones((len(prices.kinds), 40), bool), device_limit=7e10, host_limit=1e12)
+    far = lower_bound(options, upper=1.0)
+    assert lower_bound(options, upper=np.inf) == pytest.approx(far, rel=2e-3)
+    cheapest = min(prices.group[s][0] for s in options.shardings())
+    assert far > 1.1 * (prices.base_seconds + cheapest), "more than what every plan costs"
