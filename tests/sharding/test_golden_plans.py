@@ -26,7 +26,10 @@ CASES = [
 @pytest.mark.parametrize(("name", "on"), CASES, ids=lambda x: x.replace(":", "-"))
 def test_plans_are_as_before(name, on):
     """UPDATE_GOLDEN=1 pytest tests/sharding/test_golden_plans.py writes these files again."""
-    config, cluster = configs.load(ROOT / f"configs/{name}.toml"), parse(on)
+    cluster = parse(on)
+    # "auto" on a CPU is what the CPU of the test can do; these files hold for one that multiplies bf16.
+    pinned = ['train.precision="bf16"'] if cluster.device == "cpu" else []
+    config = configs.load(ROOT / f"configs/{name}.toml", pinned)
     dataset = Dataset.model_validate_json((ROOT / f"configs/figures/{name}.json").read_text())
     work = planning.work_of_config(config, dataset, planning.on_meta(config, dataset), device=cluster.device)
     found = solve(work, cluster, limits=planning.limits_of(config, cluster))
