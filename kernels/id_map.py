@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.choice import choose
 from kernels.errors import UserError
-from kernels.id_maps.base import COUNTERS, LAST_CLOCK, PARTS, Admitted, Counts, Policy, State, part_of
+from kernels.id_maps.base import COUNTERS, HOST, LAST_CLOCK, PARTS, Admitted, Counts, Policy, State, part_of
 
 BACKENDS = "kernels.id_maps"
 
@@ -31,12 +31,24 @@ class IdMap:
     top + 1 rows holds all that there are.  counts: a Counts.  choice: the backend and why.
     """
 
-    def __init__(self, policy: Policy, *, rank: int = 0, ranks: int = 1, name: str = "", backend: str = "auto") -> None:
-        """name: of the table, for errors.  backend: a file in kernels/id_maps/, or the fastest ("auto")."""
-        self.policy, self.name = policy, name
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        name: str = "",
+        backend: str = "auto",
+        device: torch.device = HOST,
+    ) -> None:
+        """name: of the table, for errors.  backend: a file in kernels/id_maps/, or the fastest ("auto").
+        device: of the ids that it is asked for, and of the rows that it gives."""
+        self.policy, self.name, self.device = policy, name, device
         self.first_part, self.parts = part_range(rank=rank, ranks=ranks)
-        self.choice = choose(policy, torch.device("cpu"), backend, package=BACKENDS)
-        self._store = self.choice.module.Store(policy, first_part=self.first_part, parts=self.parts, name=name)
+        self.choice = choose(policy, device, backend, package=BACKENDS)
+        self._store = self.choice.module.Store(
+            policy, first_part=self.first_part, parts=self.parts, name=name, device=device
+        )
         self.clock = 0
 
     @property
@@ -57,7 +69,7 @@ class IdMap:
 
     def find(self, ids_N: Tensor) -> Tensor:
         """(N,) int64 ids -> (N,) int64 rows, 0 for ids that have none; the map does not change."""
-        return self._store.find(self._own(ids_N))
+        return self._store.find(self._own(ids_N)).to(self.device)
 
     def admit(self, ids_N: Tensor, *, clock: int) -> Admitted:
         """The rows of a batch of ids seen at `clock`, of new ones too; see kernels/id_maps/base.py's Store.
@@ -66,17 +78,22 @@ class IdMap:
         Raises UserError that names the table when the map is full and cannot evict.
         """
         self._tick(clock)
-        return self._store.admit(self._own(ids_N), clock)
+        found = self._store.admit(self._own(ids_N), clock)
+        if self._store.device == self.device:
+            return found
+        return Admitted(**{one.name: getattr(found, one.name).to(self.device) for one in fields(Admitted)})
 
     def expire(self, *, before: int) -> Tensor:
         """Takes the rows of all ids not seen at `before` or later; (K,) int64, ascending: these rows are free."""
-        return self._store.expire(before)
+        return self._store.expire(before).to(self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors, exact: what loads it goes on, row by row, as this map would."""
+        """All of it as tensors on the host, exact: what loads it, on any device and backend, goes on as this map would,
+        row by row."""
         state = self._store.state()
         counts = [getattr(state.counts, one.name) for one in fields(Counts)]
-        tensors = {one.name: getattr(state, one.name) for one in fields(State) if one.name not in ("top", "counts")}
+        names = [one.name for one in fields(State) if one.name not in ("top", "counts")]
+        tensors = {name: getattr(state, name).to(HOST) for name in names}
         about = torch.tensor([state.top, self.clock, self.first_part, self.parts])
         return {**tensors, "about": about, "counts": torch.tensor(counts)}
 
@@ -97,7 +114,8 @@ class IdMap:
                 f"{where}: the state's counting filter has the shape {tuple(state['filter_PHLC'].shape)}, this "
                 f"policy's {shape}; keep window, limit and whether ids wait for admission as they were"
             )
-        tensors = {name: value for name, value in state.items() if name not in ("about", "counts")}
+        device = self._store.device
+        tensors = {name: value.to(device) for name, value in state.items() if name not in ("about", "counts")}
         self._store.load(State(**tensors, top=top, counts=Counts(*state["counts"].tolist())))
         self.clock = clock
 
@@ -105,11 +123,11 @@ class IdMap:
         """((K,) ids, (K,) rows) of the ids seen at `clock` or later, by ascending row: what a delta has to hold."""
         state = self._store.state()
         recent_K = state.clocks_K >= clock
-        return state.ids_K[recent_K], state.rows_K[recent_K]
+        return state.ids_K[recent_K].to(self.device), state.rows_K[recent_K].to(self.device)
 
     def _own(self, ids_N: Tensor) -> Tensor:
-        assert ids_N.dtype == torch.int64 and ids_N.dim() == 1 and ids_N.device.type == "cpu"
-        return ids_N.contiguous()
+        assert ids_N.dtype == torch.int64 and ids_N.dim() == 1 and ids_N.device.type == self.device.type
+        return ids_N.contiguous().to(self._store.device)
 
     def _tick(self, clock: int) -> None:
         assert self.clock <= clock <= LAST_CLOCK, f"clock {clock} after {self.clock}"

@@ -26,9 +26,8 @@ def bench_kernels(
     """The embedding kernels beside FBGEMM's, torch.nn.EmbeddingBag and a plain gather loop (on a GPU: a copy)."""
     from benchmarks import gpu_kernels, kernels
 
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{device!r}: there are cpu and cuda", param_hint="--device")
-    raise typer.Exit((gpu_kernels.main(as_json=as_json) if device == "cuda" else kernels.main(json=as_json)) or 0)
+    on_gpu = _device(device) == "cuda"
+    raise typer.Exit((gpu_kernels.main(as_json=as_json) if on_gpu else kernels.main(json=as_json)) or 0)
 
 
 @app.command("plan")
@@ -78,6 +77,12 @@ def bench_step(as_json: Json = False) -> None:
     raise typer.Exit(step.main(json=as_json) or 0)
 
 
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r}: there are cpu and cuda", param_hint="--device")
+    return name
+
+
 Scale = Annotated[float, typer.Option(help="Factor on the rows of the tables.")]
 
 
@@ -118,8 +123,11 @@ def bench_ckpt(
 
 
 @app.command("idmap")
-def bench_id_map(as_json: Json = False) -> None:
+def bench_id_map(
+    as_json: Json = False,
+    device: Annotated[str, typer.Option("--device", help='"cpu", or "cuda": the Triton map, on a GPU.')] = "cpu",
+) -> None:
     """Ids to rows: look-ups and admissions per second, beside TorchRec's managed collision."""
     from benchmarks import id_map
 
-    raise typer.Exit(id_map.main(json=as_json) or 0)
+    raise typer.Exit(id_map.main(json=as_json, device=_device(device)) or 0)

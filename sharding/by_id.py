@@ -2,13 +2,14 @@
 
     ByIdSharder(backend=..., optimizer=..., ...)   for DistributedModelParallel, of embeddings.py's ByIdCollection
     figures(task)                                  of every table: ids with rows, and what has happened to them
+    id_map_choices(task)                           which kernels of kernels/id_maps/ the tables have, and why
 
     ids -> to the rank that has their part (row_wise: by hash; table_wise: the table's rank) -> id map -> rows -> fused
     look-up -> back, as for any other table
 
 The id map runs where the look-up runs, in the forward: once per batch and in the order of the batches, also where the
 ids of the next batch are on their way already.  With gradients it admits, expires and evicts (`IdMap.admit`), without
-it only looks (`IdMap.find`), and ids that have no row read row 0.
+it only looks (`IdMap.find`), and ids that have no row read row 0.  It is on the device of the table.
 
 Row 0 of each rank's rows is its copy of the table's one default row.  In a row_wise table on several ranks each rank
 sees its own ids of those that share it, so there row 0 is left out of the fused look-up and update: it is added as a
@@ -23,6 +24,7 @@ D columns, X columns of all features.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,7 +37,6 @@ from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from kernels.errors import UserError
 from kernels.id_map import IdMap, owner_of
 from kernels.id_maps.base import Counts, Policy
 from kernels.int8 import quantise
@@ -50,23 +51,26 @@ ROW_WISE = "row_wise"
 
 
 class ByIdSharder(KernelSharder):
-    """tables, by_id: of the physical tables, by name.  seed: of initial weights."""
+    """tables, by_id: of the physical tables, by name.  seed: of initial weights.
+    id_map: a backend of kernels/id_maps/, or "auto" for the fastest on the tables' device."""
 
-    def __init__(self, *, tables: Mapping[str, Table], by_id: Mapping[str, ById], seed: int, **kernel: Any) -> None:
+    def __init__(
+        self,
+        *,
+        tables: Mapping[str, Table],
+        by_id: Mapping[str, ById],
+        seed: int,
+        id_map: str = "auto",
+        **kernel: Any,
+    ) -> None:
         super().__init__(**kernel)
-        self.about = {"tables": tables, "by_id": by_id, "seed": seed}
+        self.about = {"tables": tables, "by_id": by_id, "seed": seed, "id_map": id_map}
 
     @property
     def module_type(self) -> type[ByIdCollection]:
         return ByIdCollection
 
     def shard(self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: Any = None) -> "ByIdSharded":
-        if device is None or device.type != "cpu":
-            names = ", ".join(repr(name) for name in self.about["by_id"])
-            raise UserError(
-                f"tables {names}, kind 'collisionless': their id maps run on a CPU and this run is on {device}; there "
-                'is no id map for a GPU yet: train with device "cpu", or hash the ids into a table of kind "hashed"'
-            )
         return ByIdSharded(
             module,
             params,
@@ -139,7 +143,7 @@ def by_owner(ids: KeyedJaggedTensor, *, ranks: int) -> KeyedJaggedTensor:
     """
     values_N, lengths = ids.values().long(), ids.lengths().view(-1)
     owner_N = owner_of(values_N, ranks=ranks, seed=Policy.seed)
-    bag_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths.long())
+    bag_N = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths.long())
     counts = torch.bincount(owner_N * len(lengths) + bag_N, minlength=ranks * len(lengths))
     order_N = torch.argsort(owner_N, stable=True)
     weights_N = ids.weights_or_none()
@@ -182,6 +186,7 @@ class ByIdBag(FusedEmbeddingBag):
                 seed=about["seed"],
                 rank=about["rank"],
                 ranks=about["ranks"],
+                id_map=about["id_map"],
             )
             for one, weights_ED, scales_E, of_table in zip(
                 config.embedding_tables, self._emb_module.split_embedding_weights(), scales, states, strict=True
@@ -189,7 +194,7 @@ class ByIdBag(FusedEmbeddingBag):
         ]
         self._shares_default = about["ranks"] > 1
         self._defaults: list[Tensor] = []  # of the forward whose backward may still have to be finished
-        self._defaulted_T = torch.zeros(len(self.rows))
+        self._defaulted_T = torch.zeros(len(self.rows), device=self.bags.state.device)
         self._fresh: list[tuple[GivenRows, Tensor, Tensor]] = []
         self.register_forward_pre_hook(ByIdBag._to_rows)
 
@@ -242,9 +247,10 @@ class ByIdBag(FusedEmbeddingBag):
             return super().forward(features, *args, **kwargs)
         rows_N, offsets, weights_N = features.values(), features.offsets(), features.weights_or_none()
         own_N = rows_N != 0
-        bag_N = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
-        ones_N = torch.ones(len(rows_N)) if weights_N is None else weights_N
-        count_FB = torch.zeros(len(offsets) - 1).index_add_(0, bag_N[~own_N], ones_N[~own_N])
+        device = rows_N.device
+        bag_N = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), offsets.diff())
+        ones_N = torch.ones(len(rows_N), device=device) if weights_N is None else weights_N
+        count_FB = torch.zeros(len(offsets) - 1, device=device).index_add_(0, bag_N[~own_N], ones_N[~own_N])
         count_FB = count_FB.view(len(self.bags.spec.features), -1)
         before = nn.functional.pad(own_N.cumsum(0), (1, 0))
         own_weights_N = weights_N[own_N] if self.bags.spec.weighted else None
@@ -271,18 +277,19 @@ class ByIdBag(FusedEmbeddingBag):
         summed = torch.cat([self._defaulted_T, *gradients])
         dist.all_reduce(summed, group=self._pg)
         read_T, *gradients = summed.split([len(defaults), *(len(row_D) for row_D in defaults)])
-        grad_X, lengths_F = torch.zeros(1, spec.columns[-1]), torch.zeros(len(spec.features), dtype=torch.int64)
+        device = summed.device
+        grad_X, lengths_F = torch.zeros(1, spec.columns[-1], device=device), [0] * len(spec.features)
         for (first, *_), grad_D, read in zip(spec.features_of, gradients, read_T.tolist(), strict=True):
             grad_X[0, spec.columns[first] : spec.columns[first + 1]] = grad_D
             lengths_F[first] = int(read > 0)
-        ids_N = torch.zeros(int(lengths_F.sum()), dtype=torch.int64)
-        if not len(ids_N):
+        if not any(lengths_F):
             return
         for given, read in zip(self.rows, read_T.tolist(), strict=True):
             if read and given.counts_E is not None:
-                add_once(given.counts_E, torch.zeros(1, dtype=torch.int64))
-        offsets = nn.functional.pad(lengths_F.cumsum(0), (1, 0))
-        weights_N = torch.ones(len(ids_N)) if spec.weighted else None
+                add_once(given.counts_E, torch.zeros(1, dtype=torch.int64, device=device))
+        ids_N = torch.zeros(sum(lengths_F), dtype=torch.int64, device=device)
+        offsets = torch.tensor([0, *accumulate(lengths_F)], device=device)
+        weights_N = torch.ones(len(ids_N), device=device) if spec.weighted else None
         self.bags.state.step -= 1  # a part of the update that the backward has counted already
         self.bags.kernel.backward_update(grad_X.to(spec.output), ids_N, offsets, weights_N, weights_grad=False)
 
@@ -293,6 +300,7 @@ class GivenRows:
     map: the IdMap.  weights_ED, scales_E, states: views of what the kernel holds; row 0 is the default row.  scales_E:
     of rows of int8.
     rank, ranks: among those that share the table: 0 of 1 where one has all of it.
+    id_map: its backend.
     """
 
     def __init__(
@@ -306,11 +314,14 @@ class GivenRows:
         seed: int,
         rank: int,
         ranks: int,
+        id_map: str = "auto",
     ) -> None:
         self.table, self.by_id, self.seed, self.states = table, by_id, seed, states
         self.weights_ED, self.scales_E, self.rank, self.ranks = weights_ED.detach(), scales_E, rank, ranks
         self.counts_E: Tensor | None = None  # int32, in how many steps a row was updated, where somebody counts
-        self.map = IdMap(by_id.policy, rank=rank, ranks=ranks, name=table.name)
+        self.map = IdMap(
+            by_id.policy, rank=rank, ranks=ranks, name=table.name, backend=id_map, device=weights_ED.device
+        )
         assert len(weights_ED) > self.map.limit
         self.age = Age(by_id)
 
@@ -318,7 +329,8 @@ class GivenRows:
     def start(self) -> None:
         """The default row's initial weights; the others are written when they are given."""
         self.weights_ED[0].zero_()
-        self._write(torch.zeros(1, dtype=torch.int64), default_row(self.table, seed=self.seed)[None])
+        row_D = default_row(self.table, seed=self.seed).to(self.weights_ED.device)
+        self._write(torch.zeros(1, dtype=torch.int64, device=row_D.device), row_D[None])
 
     def admit(self, ids_N: Tensor) -> Any:
         """The rows of a training batch: see kernels.id_map.IdMap.admit."""
@@ -388,6 +400,14 @@ class Age:
         (_, self._until_then), *marks = state.tolist()
         self.marks = [(int(clock), seconds) for clock, seconds in marks]
         self._started = None
+
+
+def id_map_choices(embeddings: nn.Module) -> dict[str, str]:
+    """Which backends this rank's id maps have, and why; none where there are no such tables."""
+    if not embeddings.by_id:
+        return {}
+    choices = (given.map.choice for kernel in embeddings.ebc_by_id.kernels for given in kernel.rows)
+    return {choice.name: choice.why for choice in choices}
 
 
 def figures(embeddings: nn.Module) -> dict[str, dict[str, int]]:

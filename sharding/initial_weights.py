@@ -73,7 +73,8 @@ def full_table(table: Table, *, seed: int) -> Tensor:
 
 def fresh_rows(table: Table, ids_K: Tensor, *, seed: int) -> Tensor:
     """(K, D) float32 for (K,) int64 ids: element d of an id is drawn from the bits of mix64(mix64(id ^ key) + d * G),
-    24 of them uniform in [0, 1), or two times 24 for a normal number (Box and Muller, 1958)."""
+    24 of them uniform in [0, 1), or two times 24 for a normal number (Box and Muller, 1958): on another device that one
+    may differ in the last bit, as logarithm and cosine do."""
     return _drawn(table, ids_K, seed_of(seed, table.name, "rows"))
 
 
@@ -84,7 +85,7 @@ def default_row(table: Table, *, seed: int) -> Tensor:
 
 def _drawn(table: Table, ids_K: Tensor, key: int) -> Tensor:
     key_K1 = mix64(ids_K ^ _as_signed(key))[:, None]
-    bits_KD = mix64(key_K1 + torch.arange(table.dim) * _as_signed(0x9E3779B97F4A7C15))
+    bits_KD = mix64(key_K1 + torch.arange(table.dim, device=ids_K.device) * _as_signed(0x9E3779B97F4A7C15))
     high_KD, low_KD = (bits_KD >> 40) & 0xFFFFFF, (bits_KD >> 8) & 0xFFFFFF
     if table.init_std is not None:
         radius_KD = (-2 * ((high_KD + 1).float() / (1 << 24)).log()).sqrt()

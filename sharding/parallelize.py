@@ -39,6 +39,7 @@ def parallelize(
     init_dense: Callable[..., None],
     row_update: Callable[..., None] | None = None,
     output: torch.dtype = torch.float32,
+    id_map: str = "auto",
 ) -> DistributedModelParallel:
     """Shard `task` over the ranks of the default process group.
 
@@ -49,6 +50,7 @@ def parallelize(
     row_update: replaces FBGEMM's update where that cannot do what is asked; these three are what `table_update` of
         trainer/optim/base.py gives.
     output: dtype of the pooled vectors that our own kernels give, float32 or bfloat16; FBGEMM's give float32.
+    id_map: a backend of kernels/id_maps/ for the tables whose rows are given to ids, or "auto" for the fastest.
     """
     if kernel == "fbgemm":
         _check_fbgemm(task)
@@ -65,6 +67,7 @@ def parallelize(
                 tables={table.name: table for table in embeddings.physical},
                 by_id=embeddings.by_id,
                 seed=seed,
+                id_map=id_map,
                 backend="auto" if kernel == "fbgemm" else kernel,  # FBGEMM's does not write fresh rows
                 optimizer=optimizer,
                 output=output,

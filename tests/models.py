@@ -48,6 +48,7 @@ def build_sharded(
     bf16: bool = False,
     task_weights: Sequence[float] | None = None,
     kernel: str = "fbgemm",
+    id_map: str = "auto",
 ) -> Any:
     """A pipeline over the sharded model, in the process group that is up."""
     world = dist.get_world_size()
@@ -67,7 +68,8 @@ def build_sharded(
     plan = make_plan(task, world_size=world, local_world_size=local_world_size or world, device=CPU, batch_size=8)
     update = table_update(optim, plan, device=CPU, kernel=kernel)
     output = torch.bfloat16 if bf16 else torch.float32
-    dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, output=output, **update)
+    update |= {"output": output, "id_map": id_map}
+    dmp = parallelize(task, plan, device=CPU, seed=seed, init_dense=init_dense, **update)
     optimizer = build_optimizer(optim, dmp)
     return build_pipeline(pipeline, dmp, optimizer, device=CPU, schedule=optim.schedule, clip=optim.clip_grad_norm)
 

@@ -194,6 +194,7 @@ class Kernels(Frozen):
     # A file in kernels/backends/, or "auto" for the fastest that can serve; "fbgemm" is TorchRec's own kernel.
     embedding_bag: _kind_in("kernels.backends", "auto") = "auto"  # type: ignore[valid-type]
     interaction: _kind_in("kernels.interactions", "auto") = "auto"  # type: ignore[valid-type]  # the dots of a DLRM
+    id_map: _kind_in("kernels.id_maps", "auto") = "auto"  # type: ignore[valid-type]  # of collisionless tables
 
 
 class Eval(Frozen):

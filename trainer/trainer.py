@@ -137,6 +137,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         seed=config.seed,
         init_dense=init_dense,
         output=torch.bfloat16 if precision.is_bf16 else torch.float32,
+        id_map=config.kernels.id_map,
         **table_update(config.optim, plan, device=world.device, kernel=config.kernels.embedding_bag),
     )
     return Built(
@@ -551,7 +552,7 @@ def _first_report(built: Built, run_dir: Path, started: float) -> dict[str, Any]
             "features": [c.model_dump(mode="json") for c in dataset.categorical],
             "dense": [d.model_dump(mode="json") for d in dataset.dense],
         },
-        "kernels": {"embedding_bag": _embedding_kernel(built), **_interaction_kernel(built)},
+        "kernels": {"embedding_bag": _embedding_kernel(built), **_interaction_kernel(built), **_id_map_kernel(built)},
         "precision": {"name": built.precision.name, "why": built.precision.why},
         "versions": report.versions(),
         "hardware": report.hardware(),
@@ -565,6 +566,12 @@ def _interaction_kernel(built: Built) -> dict[str, dict[str, str]]:
     found = [m for m in built.model.module.modules() if isinstance(m, DotInteraction)]
     choices = {choice.name: choice.why for choice in (m.choice(built.world.device) for m in found)}
     return {"interaction": {"backend": ", ".join(choices), "why": "; ".join(choices.values())}} if choices else {}
+
+
+def _id_map_kernel(built: Built) -> dict[str, dict[str, str]]:
+    """Which kernel gives ids their rows on this rank, and why; nothing where no table here has such rows."""
+    choices = by_id.id_map_choices(built.model.module.embeddings)
+    return {"id_map": {"backend": ", ".join(choices), "why": "; ".join(choices.values())}} if choices else {}
 
 
 def _embedding_kernel(built: Built) -> dict[str, str]:

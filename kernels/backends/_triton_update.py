@@ -255,7 +255,7 @@ def _add_gradients(
 
 
 @triton.jit
-def _mix64(x):
+def mix64(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
@@ -264,8 +264,8 @@ def _mix64(x):
 @triton.jit
 def _random_bits(step_key, table_R, row_R, d):
     """(R, BLOCK_D) uint32: kernels.ops.random_bits of these rows."""
-    key_R = _mix64(step_key.to(tl.uint64) + table_R.to(tl.uint64) * 0x9E3779B97F4A7C15)
-    key_R = _mix64(key_R ^ row_R.to(tl.uint64))
+    key_R = mix64(step_key.to(tl.uint64) + table_R.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    key_R = mix64(key_R ^ row_R.to(tl.uint64))
     x = key_R.to(tl.uint32)[:, None] + (d.to(tl.uint32) * 0x9E3779B9)[None, :]
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B

@@ -1,10 +1,7 @@
 """The loops of the cpu id map, in Numba.  kernels/id_maps/cpu.py calls them, without the GIL.
 
-Slots: an open-addressing table in cache lines.  Line b is slots[8b : 8b + 8]: four ids, then what is known of each of
-them, row << 32 | clock; 0 there is an empty slot, since rows start at 1.  An id lives in its home line or, where that
-is full, in the next one with room; a line fills from the left, so a search ends at the first line whose last slot is
-empty.  Nothing is ever taken out of it: what frees rows builds the table anew (`rebuild`), which reads and writes in
-the order of the lines, and so streams.
+Slots: an open-addressing table in cache lines; kernels/id_lines.py says how ids lie in them.  `rebuild` reads and
+writes in the order of the lines, and so streams.
 
 Most ids take one line, from anywhere in memory, so lines are asked for AHEAD ids before they are read: two at a time,
 since some ids have overflowed into the next one (past the last line there is nothing to ask for, which does no harm).

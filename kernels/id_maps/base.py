@@ -5,9 +5,9 @@ share that have none of their own; an id's own row is 1 .. limit.
 
 SPEED, `supports(policy, device)`: as in kernels/interactions/base.py.
 
-`Store(policy, first_part, parts, name)`: the methods of `Store` below.  Equal calls give equal results on every
-backend, row numbers included, whatever the number of threads; tests/kernels/test_id_map.py runs every backend beside
-`reference`.
+`Store(policy, first_part, parts, name, device)`: the methods of `Store` below; device: where ids come from and rows go.
+Equal calls give equal results on every backend, row numbers included, whatever the number of threads and whichever of
+them comes first; tests/kernels/test_id_map.py runs every backend beside `reference`.
 
 Parts.  A hash of the id (kernels.hashing.mix64(id ^ seed)) cuts the ids into PARTS parts of about equal size, which are
 what moves when a table goes to another number of ranks.  The counting filter has its own piece for each part, so
@@ -32,6 +32,7 @@ Shapes: N ids of a call, K rows given or freed by it.
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.errors import UserError
@@ -46,6 +47,7 @@ MOST_ROWS = (1 << 31) - 1
 MOST_USES = (1 << 31) - 1  # counted no further: an id in every row of the data reaches it, and is kept all the same
 LAST_CLOCK = (1 << 32) - 1
 EVICT = ("off", "lru", "lfu")
+HOST = torch.device("cpu")
 EVICTED_AT_LEAST = 64  # an eviction frees at least limit / 64 rows, since it passes over the whole map once
 
 
@@ -151,10 +153,12 @@ class State:
 class Store(Protocol):
     """Callers have checked dtypes, that the ids belong to the map's parts, and clocks.
 
+    device: of all tensors that its methods take and give; HOST for a map that lives there, wherever its ids come from.
     limit: of this map.  size: ids that have rows.  top: the highest row ever given, so a table of top + 1 rows will do;
     it grows only when no freed row is left.  counts: a Counts.
     """
 
+    device: torch.device
     limit: int
     size: int
     top: int

@@ -1,4 +1,4 @@
-"""The id map on the CPU, in Numba: kernels/id_maps/_slots.py has the loops and says how ids lie in memory.
+"""The id map on the CPU, in Numba: kernels/id_maps/_slots.py has the loops, kernels/id_lines.py how ids lie in memory.
 
 Ids that have rows, nearly all in a run that has settled, are found on as many threads as torch has, each on a stretch
 of the batch.  The others are counted and admitted by one thread, in the order of the batch, as what the filter says and
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels import threads
+from kernels.id_lines import FEWEST_LINES, WORDS, lines_for, room
 from kernels.id_maps.base import (
     COUNTERS,
     EVICTED_AT_LEAST,
+    HOST,
     MOST_USES,
     Admitted,
     Counts,
@@ -28,9 +30,7 @@ from kernels.id_maps.base import (
 )
 from kernels.ops import blank
 
-SPEED = {"cpu": 3, "cuda": 3}
-LOAD = 0.8  # of slots that hold an id, at most; lines of 4 then overflow into the next one for some ids in ten
-FEWEST_LINES = 64
+SPEED = {"cpu": 3, "cuda": 2}  # for a GPU ids and rows go to the host and back
 PER_ID = 10  # ns of one thread, for the division of the work
 
 
@@ -43,8 +43,8 @@ def supports(policy: Policy, device: torch.device) -> str | None:
 
 
 class Store:
-    def __init__(self, policy: Policy, *, first_part: int, parts: int, name: str) -> None:
-        self.policy, self.first_part, self.name = policy, first_part, name
+    def __init__(self, policy: Policy, *, first_part: int, parts: int, name: str, device: torch.device) -> None:
+        self.policy, self.first_part, self.name, self.device = policy, first_part, name, HOST
         _compile()
         self._start(policy, first_part, parts)
 
@@ -96,7 +96,7 @@ class Store:
             leaves = np.zeros(self.top + 1, np.bool_)
             leaves[gone] = True
             self.size -= len(gone)
-            self._rebuild(self._lines_for(self.size), leaves=leaves)
+            self._rebuild(self._lines(self.size), leaves=leaves)
             self.free = np.concatenate([self.free, gone[::-1]])
             self.counts.expired += len(gone)
         return torch.from_numpy(gone)
@@ -124,7 +124,7 @@ class Store:
     def load(self, state: State) -> None:
         np = self.np
         self.size, self.top = len(state.ids_K), state.top
-        self._lay(self._lines_for(self.size))
+        self._lay(self._lines(self.size))
         entries = (state.ids_K.numpy(), state.rows_K.numpy(), state.clocks_K.numpy())
         _loops().fill(self.slots, np.uint64(self.lines), self.seed, *entries)
         self.free = state.free_J.numpy().copy()
@@ -156,12 +156,12 @@ class Store:
         while at < missing:
             at, given = _loops().admit(
                 *(self.slots, np.uint64(self.lines), self.seed, ids, np.uint64(clock), rows, misses, at),
-                *(self._room(self.lines) - self.size - given, self.free, self.top, given, new, self.uses),
+                *(room(self.lines) - self.size - given, self.free, self.top, given, new, self.uses),
                 *(self.filter, self.newer, self.counted, np.uint64(self.first_part), np.uint64(policy.lines)),
                 *(policy.part_window, policy.admit_after, self.counting),
             )
             if at < missing:
-                self._rebuild(self._lines_for(self.size + given + 1))
+                self._rebuild(self._lines(self.size + given + 1))
         from_free = min(given, len(self.free))
         beyond = np.arange(self.top + 1, self.top + 1 + given - from_free)
         new_rows = np.concatenate([self.free[len(self.free) - from_free :][::-1], beyond])
@@ -191,7 +191,7 @@ class Store:
         if self.policy.evict == "off" or len(old) < short:
             leaves = np.zeros(int(new_rows.max()) + 1, np.bool_)
             leaves[new_rows] = True
-            self._rebuild(self._lines_for(self.size), leaves=leaves)
+            self._rebuild(self._lines(self.size), leaves=leaves)
             top_up = len(new_rows) - short + (0 if self.policy.evict == "off" else len(old))
             raise full(self.name, wanted=len(new_rows), limit=self.limit, top_up=top_up, evict=self.policy.evict)
         count = min(len(old), max(short, self.limit // EVICTED_AT_LEAST))
@@ -202,7 +202,7 @@ class Store:
         evicted = old[goes]
         leaves = np.zeros(self.limit + 1, np.bool_)
         leaves[evicted] = True
-        lines = self._lines_for(self.size + len(new_rows) - count)
+        lines = self._lines(self.size + len(new_rows) - count)
         self._rebuild(lines, leaves=leaves, moved=evicted[:short], moved_from=self.limit + 1)
         return evicted
 
@@ -213,23 +213,12 @@ class Store:
         _loops().spread(self.slots, np.empty(0, np.uint64) if ids is None else ids, clocks)
         return clocks
 
-    def _room(self, lines: int) -> int:
-        """Ids that so many lines may hold: one slot stays free in any case, or a search would not end."""
-        return min(int(lines * 4 * LOAD), lines * 4 - 1)
-
-    def _lines_for(self, size: int) -> int:
-        """As many as there are if that will do, else twice as many, but no more than the limit needs, or the size."""
-        enough = -(-self.limit * 5 // 16) + 1
-        lines = max(self.lines, FEWEST_LINES)
-        while self._room(lines) < size and lines < enough:
-            lines = min(2 * lines, enough)
-        while self._room(lines) < size:  # ids beyond the limit, for which others are about to leave
-            lines += lines // 4
-        return min(lines, enough) if self._room(min(lines, enough)) >= size else lines
+    def _lines(self, size: int) -> int:
+        return lines_for(size, lines=self.lines, limit=self.limit)
 
     def _lay(self, lines: int) -> None:
         self.lines = lines
-        self.slots = _zeros(8 * lines, torch.int64).view(self.np.uint64)
+        self.slots = _zeros(WORDS * lines, torch.int64).view(self.np.uint64)
 
     def _rebuild(self, lines: int, *, leaves=None, moved=None, moved_from: int | None = None) -> None:
         """See _slots.rebuild."""

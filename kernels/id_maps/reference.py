@@ -10,6 +10,7 @@ from kernels.id_maps.base import (
     COUNTERS,
     EVICTED_AT_LEAST,
     HASHES,
+    HOST,
     MOST_OCCURRENCES,
     MOST_USES,
     PARTS,
@@ -32,8 +33,8 @@ def supports(policy: Policy, device: torch.device) -> str | None:
 
 
 class Store:
-    def __init__(self, policy: Policy, *, first_part: int, parts: int, name: str) -> None:
-        self.policy, self.first_part, self.name = policy, first_part, name
+    def __init__(self, policy: Policy, *, first_part: int, parts: int, name: str, device: torch.device) -> None:
+        self.policy, self.first_part, self.name, self.device = policy, first_part, name, HOST
         self.limit = policy.share(first_part, parts)
         self.of: dict[int, list[int]] = {}  # id -> row, clock, uses
         self.free: list[int] = []

@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels import interaction
 from kernels.backends.triton import Kernel
+from kernels.id_maps import triton as id_maps
+from kernels.id_maps.base import Policy
 from kernels.interactions import triton as interactions
 from kernels.ops import STATES, Optimizer, Spec, State, Table
 
@@ -26,6 +28,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -105,6 +108,16 @@ def main(capabilities: list[int]) -> None:
             emb_BX = torch.zeros(2, features * dim, dtype=dtype)
             op.backward(op.forward(dense_BD, emb_BX), dense_BD, emb_BX)
             tell(f"{features} vectors of {dim} {dtype}", found)
+    for evict in ("lru", "lfu"):
+        policy = Policy(limit=1000, admit_after=3, evict=evict, seed=2**64 - 1)
+        ids = id_maps.Store(policy, first_part=3, parts=7, name="", device=torch.device("cpu"))
+        ids.block, ids.groups, ids.most_uses = id_maps.BLOCK, id_maps.GROUPS, 2**31 - 1
+        ids_N = torch.arange(1000)
+        ids.find(ids_N)
+        ids._find(ids_N, clock=2**32 - 1, touch=True)
+        ids._put(ids_N, ids_N)
+        ids._count(torch.zeros(0, dtype=torch.int64), id_maps._Same(*[torch.zeros(0, dtype=torch.int64)] * 2))
+        tell(f"id map, {evict}", found)
 
 
 def tell(name: str, found: list[dict]) -> None:

@@ -63,12 +63,14 @@ def parts_of(model: nn.Module, touched: Mapping[Key, Tensor] | None) -> list[Par
         if touched is None:
             written = {f"{prefix}/{what}": tensor[:rows].clone() for what, tensor in tensors.items()}
         else:
-            rows_U = torch.cat([at for (table, _, _), at in touched.items() if table == name])
+            rows_U = torch.cat([at.cpu() for (table, _, _), at in touched.items() if table == name])
             # Row 0 may have changed where no id of this rank read it.
             rows_U = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), rows_U]))
             rows_U = rows_U[rows_U < rows]
             delta = f"{prefix}/delta:0-0:{rows}"
-            written = {f"{delta}/{what}": tensor.index_select(0, rows_U) for what, tensor in tensors.items()}
+            written = {
+                f"{delta}/{what}": tensor.index_select(0, rows_U.to(tensor.device)) for what, tensor in tensors.items()
+            }
             written[f"{delta}/rows"] = rows_U
         written[f"{prefix}/free"] = nn.functional.pad(state["free_J"], (1, 0), value=-1)
         for what in ("counted_P", "about", "counts"):
@@ -191,7 +193,7 @@ def _load_resharded(kernel: ByIdBag, given: GivenRows, chain: Chain, prefixes: l
             for first, values in _read_rows(chain, f"{prefix}/{what}"):
                 _check_columns(given, tensor, values)
                 here_K = (from_K >= first) & (from_K < first + len(values))
-                tensor[1 + into_K[here_K]] = values[from_K[here_K] - first]
+                tensor[1 + into_K[here_K]] = values[from_K[here_K] - first].to(tensor.device)
                 if first == 0 and old == 0:
                     tensor[0] = values[0]
 
