@@ -17,6 +17,7 @@ MAKEFLAGS += --no-print-directory
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := locks/$(TARGET).txt
+DEV := locks/dev.txt
 VENV := .venv
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
@@ -25,7 +26,7 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 # A stage is done when its stamp exists; the name of a stamp holds what the stage was given, so an edited lock file or
 # another target is installed once, and nothing is installed twice.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TARGET) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) pyproject.toml) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(TARGET)-$(shell (pwd; cat $(LOCK) $(DEV) pyproject.toml) | cksum | cut -d' ' -f1)
 
 .PHONY: train test test-slurm test-network test-memory test-image install lint clean
 
@@ -70,15 +71,15 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 ifdef TORCH_INDEX
 	@$(PIP) install --no-deps --index-url '$(TORCH_INDEX)' '$(TORCH)'
 else
-	@$(PIP) install --constraint $(LOCK) '$(TORCH)'
+	@$(PIP) install --constraint $(DEV) --constraint $(LOCK) '$(TORCH)'
 endif
 	@touch $@
 
 $(STAMP): $(TORCH_STAMP)
-	@echo "[3/4] the other packages of $(LOCK)"
+	@echo "[3/4] the other packages of $(LOCK) and $(DEV)"
 	@rm -f $(VENV)/.installed-*
 	@$(PIP) uninstall --yes $(if $(filter cpu,$(TARGET)),fbgemm-gpu,fbgemm-gpu-cpu) 2>/dev/null
-	@$(PIP) install --no-deps --requirement $(LOCK)
+	@$(PIP) install --no-deps --requirement $(LOCK) --requirement $(DEV)
 	@echo "[4/4] tablemesh itself"
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

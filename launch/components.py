@@ -6,14 +6,29 @@ The config travels with the job, and node 0 makes the run folder: TorchX starts 
 first. TorchX calls the function and offers its arguments; it takes only plain types, and its help from this docstring.
 """
 
+import sys
 import time
 from pathlib import Path
+from types import TracebackType
 
 import torchx.specs as specs
 
+from kernels.errors import UserError
 from launch import app, submit
 from launch.job import Place
+from launch.terminal import print_error
 from trainer import config as configs
+
+
+def _say(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """TorchX shows a traceback of whatever goes wrong; what the user did wrong is told in words, as by `tablemesh`."""
+    if isinstance(error, UserError):
+        print_error(str(error))
+    else:
+        sys.__excepthook__(kind, error, where)
+
+
+sys.excepthook = _say  # of the `torchx` process, which alone loads this file
 
 
 def train(

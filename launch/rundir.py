@@ -11,8 +11,11 @@ from launch.failure import Failure
 from trainer import report as reports
 
 
-def create(parent: Path, name: str) -> Path:
-    """Make parent/NAME, or NAME-2, NAME-3, ... where that exists, and point parent/latest at it."""
+def create(parent: Path, name: str, *, latest: bool = True) -> Path:
+    """Make parent/NAME, or NAME-2, NAME-3, ... where that exists, and point parent/latest at it.
+
+    latest=False leaves that to `make_latest`, once it is sure that the folder stays.
+    """
     try:
         parent.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -23,14 +26,20 @@ def create(parent: Path, name: str) -> Path:
                 break
             except FileExistsError:
                 number += 1
-        link = parent / "latest"
-        if link.is_symlink() or not link.exists():
-            beside = parent / f".latest-{os.getpid()}"
-            beside.symlink_to(path.name)
-            beside.replace(link)
+        if latest:
+            make_latest(path)
     except OSError as error:
         raise UserError(f"{parent / name}: cannot make the run folder: {error.strerror}") from error
     return path.resolve()
+
+
+def make_latest(run_dir: Path) -> None:
+    """Point `latest` beside it at this run folder; something else of that name is left alone."""
+    link = run_dir.parent / "latest"
+    if link.is_symlink() or not link.exists():
+        beside = run_dir.parent / f".latest-{os.getpid()}"
+        beside.symlink_to(run_dir.name)
+        beside.replace(link)
 
 
 def newest(parent: Path, name: str) -> Path | None:

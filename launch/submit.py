@@ -88,11 +88,12 @@ def _ranks(config: Config, nodes: int, nproc: int | None, place: Place) -> int:
 def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str, Path]:
     """Prepare the data, make the run folder and submit; (handle, run folder). What fails leaves no run folder."""
     there = schedulers.named(kind)
-    there.request(made)  # a job that cannot be must not cost the preparation of its data
+    there.request(made)  # a job that cannot be, or that nobody takes, must not cost the preparation of its data
     if not there.shares_files:
         return handles.record(kind, there.submit(made), made.run_dir), made.run_dir
+    there.reach(made)
     dataset.prepare_missing(console, config)
-    run_dir = rundir.create(made.run_dir.parent, made.run_dir.name)
+    run_dir = rundir.create(made.run_dir.parent, made.run_dir.name, latest=False)
     made = job.moved(made, run_dir)
     try:
         (run_dir / "config.toml").write_text(config.located().to_toml())
@@ -101,6 +102,7 @@ def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str,
     except BaseException:
         shutil.rmtree(run_dir)
         raise
+    rundir.make_latest(run_dir)
     return handles.record(kind, id, run_dir), run_dir
 
 

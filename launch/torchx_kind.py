@@ -60,6 +60,9 @@ class TorchxKind:
         self.check(job)
         return str(self._dry_run(job)).rstrip("\n") + "\n"
 
+    def reach(self, job: Job) -> None:
+        """Nothing is asked by default; `submit` tells."""
+
     def submit(self, job: Job) -> str:
         self.check(job)
         made = self._dry_run(job)

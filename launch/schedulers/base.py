@@ -1,7 +1,8 @@
 """The contract of a scheduler: what starts a job somewhere and says how it goes.
 
 A kind is a module in this folder with a class `Scheduler` that has the methods below and takes no arguments. The
-command line asks for a kind by its file name and calls `request` alone for `--dry-run`; otherwise `submit` once. Then
+command line asks for a kind by its file name and calls `request` alone for `--dry-run`; otherwise `submit` once, and
+`reach` before it where data is prepared first. Then
 
 - `tablemesh train` (kind "local") calls `status` a few times a second until it is final, and `cancel` on Ctrl-C;
 - `tablemesh submit` leaves; `tablemesh status`, `logs` and `cancel` come later, in other processes, with the id alone.
@@ -35,6 +36,9 @@ class Scheduler(Protocol):
 
     def request(self, job: Job) -> str:
         """Exactly what `submit` would start, as text for people. Starts nothing and writes nothing."""
+
+    def reach(self, job: Job) -> None:
+        """UserError when nobody would take the job now. Starts nothing and writes nothing."""
 
     def submit(self, job: Job) -> str:
         """Start the job and return its id at once. UserError when this machine lacks what the kind needs."""

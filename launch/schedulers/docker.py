@@ -18,6 +18,7 @@ from torchx.specs import AppDef, AppDryRunInfo
 
 from kernels.errors import UserError
 from launch import app as apps
+from launch.job import Job
 from launch.torchx_kind import TorchxKind
 
 SHM_SIZE = "1g"
@@ -50,15 +51,10 @@ class Docker(DockerScheduler):
     def schedule(self, dryrun_info: AppDryRunInfo[DockerJob]) -> str:
         import docker
 
-        client, job = daemon(self), dryrun_info.request
+        job = dryrun_info.request
         for image in {container.image for container in job.containers}:
-            try:
-                client.images.get(image)
-            except docker.errors.ImageNotFound:
-                raise UserError(
-                    f"--image {image}: docker has no such image here; `docker pull {image}`, or make ours: "
-                    f"docker build -f docker/Dockerfile --target cpu -t {image} ."
-                ) from None
+            self.find(image)
+        client = daemon(self)
         ensure_network(client)
         started = []
         try:
@@ -70,6 +66,18 @@ class Docker(DockerScheduler):
                 container.remove(force=True)
             raise UserError(f"docker: {error.explanation}") from error
         return job.app_id
+
+    def find(self, image: str) -> None:
+        """UserError when no docker daemon answers, or it has no such image."""
+        import docker
+
+        try:
+            daemon(self).images.get(image)
+        except docker.errors.ImageNotFound:
+            raise UserError(
+                f"--image {image}: docker has no such image here; `docker pull {image}`, or make ours: "
+                f"docker build -f docker/Dockerfile --target cpu -t {image} ."
+            ) from None
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         found = super().describe(app_id) if self._get_containers(app_id) else None
@@ -100,6 +108,9 @@ class Scheduler(TorchxKind):
 
     def backend(self) -> Docker:
         return Docker("tablemesh")
+
+    def reach(self, job: Job) -> None:
+        self._backend().find(job.place.image)
 
     def detail(self, id: str) -> str:
         return f"containers {super().detail(id)}"

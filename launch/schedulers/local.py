@@ -48,6 +48,9 @@ class Scheduler:
             f"with:\n{env}"
         )
 
+    def reach(self, job: Job) -> None:
+        """This machine is here."""
+
     def submit(self, job: Job) -> str:
         _check(job)
         return _detach(job) if job.detached else self._attach(job)

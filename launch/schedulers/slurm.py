@@ -9,6 +9,7 @@ is accounting, and from scontrol where there is none.
 
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -135,10 +136,17 @@ class Slurm(SlurmScheduler):
 
     def schedule(self, dryrun_info: AppDryRunInfo[Script]) -> str:
         script = dryrun_info.request
-        if script.run_dir:
-            Path(script.run_dir, "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
-        # 123, or 123;cluster
-        return _call(script.sbatch, stdin=script.text()).strip().split(";")[0]
+        run_dir = Path(script.run_dir) if script.run_dir else None
+        ours = run_dir is not None and not run_dir.exists()  # with `torchx run`: node 0 would make it
+        if run_dir:
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
+        try:
+            # 123, or 123;cluster
+            return _call(script.sbatch, stdin=script.text()).strip().split(";")[0]
+        except UserError:
+            if run_dir and ours:
+                shutil.rmtree(run_dir)
+            raise
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         found = look_up(app_id)
@@ -195,6 +203,9 @@ class Scheduler(TorchxKind):
     def options(self, job: Job) -> dict[str, Any]:
         limit = {"time": str(job.place.time_minutes)} if job.place.time_minutes else {}
         return limit | super().options(job)
+
+    def reach(self, job: Job) -> None:
+        _call(["sinfo", "--noheader"])
 
     def logs(self, id: str) -> Iterator[str]:
         yield from self._backend().log_iter(id, apps.ROLE)
@@ -277,6 +288,8 @@ _WAYS_OUT = {
     r"Node count specification invalid|PartitionNodeLimit": "`sinfo` shows how many nodes there are; lower --nodes",
     r"[Tt]ime limit": "`sinfo -o '%P %l'` shows the limits; lower --time",
     r"Unable to contact|connect": "is slurmctld up? `sinfo` tells",
+    r"configuration source": "this machine belongs to no cluster: submit from one that does, or name the cluster's "
+    "slurm.conf in SLURM_CONF",
 }
 
 

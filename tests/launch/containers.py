@@ -101,6 +101,7 @@ def copy_context(context: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, context / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
+            (context / name).parent.mkdir(exist_ok=True)
             shutil.copy(source, context / name)
 
 

@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from launch import doctor
 from tests.test_imports import imported
@@ -23,8 +25,8 @@ DISTRIBUTION = {
 }
 
 
-def lock(target: str) -> dict[str, str]:
-    lines = (ROOT / f"locks/{target}.txt").read_text().splitlines()
+def lock(name: str) -> dict[str, str]:
+    lines = (ROOT / f"locks/{name}.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     for pin in pins:
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][A-Za-z0-9.]*", pin), f"not one exact version: {pin!r}"
@@ -33,10 +35,11 @@ def lock(target: str) -> dict[str, str]:
     return dict(pin.split("==") for pin in pins)
 
 
-def test_the_targets_differ_in_fbgemm_alone():
+def test_the_targets_differ_in_fbgemm_and_triton_alone():
     cpu, cuda = lock("cpu"), lock("cuda")
     assert cpu.pop("fbgemm-gpu-cpu") == cuda.pop("fbgemm-gpu")
-    assert cpu == cuda
+    assert cuda.pop("triton") == lock("dev")["triton"]
+    assert cpu == cuda and not cpu.keys() & lock("dev").keys()
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -45,15 +48,35 @@ def test_the_versions_fit_each_other(target):
     assert tuple(map(int, lock(target)["urllib3"].split("."))) < (1, 27)
 
 
-def test_everything_imported_is_locked():
-    ours = {"kernels", "sharding", "trainer", "launch", "benchmarks", "tests"}
-    pins, missing = lock("cpu"), {}
-    for package in ours:
-        for file in (ROOT / package).rglob("*.py"):
+def unlocked(packages: set[str], pins: set[str]) -> dict[str, list[str]]:
+    """What the modules of these packages import that is not among the pins: name -> files."""
+    ours, missing = {"kernels", "sharding", "trainer", "launch", "benchmarks", "tests"}, {}
+    for package in packages:
+        for file in sorted((ROOT / package).rglob("*.py")):
             for name in imported(file.read_text(), package) - ours - set(sys.stdlib_module_names):
                 if DISTRIBUTION.get(name, name.lower().replace("_", "-")) not in pins:
-                    missing.setdefault(name, str(file.relative_to(ROOT)))
-    assert not missing
+                    missing.setdefault(name, []).append(str(file.relative_to(ROOT)))
+    return missing
+
+
+def test_everything_imported_is_locked():
+    """tests/launch/test_run_time.py trains without what is in locks/dev.txt alone."""
+    ours = {"kernels", "sharding", "trainer", "launch", "benchmarks"}
+    missing = unlocked(ours, lock("cpu").keys())
+    assert missing.keys() == {"triton"}
+    assert all("triton" in file or file == "benchmarks/gpu_kernels.py" for file in missing["triton"]), missing
+    assert not unlocked(ours | {"tests"}, lock("cpu").keys() | lock("dev").keys())
+
+
+@pytest.mark.parametrize("names", [("cpu",), ("cpu", "dev")])
+def test_what_a_package_needs_is_locked(names):
+    """pip installs all of them with --no-deps, so a dependency that no lock file names would be missing."""
+    pins = {name for part in names for name in lock(part)} | {"fbgemm-gpu"}  # TorchRec's word for either build
+    for name in pins - {"fbgemm-gpu", "torch"}:  # a CUDA wheel of torch brings what it alone needs
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                needed = re.sub(r"[-_.]+", "-", requirement.name).lower()
+                assert needed in pins, f"{name} needs {needed}"
 
 
 def test_project():
@@ -75,7 +98,7 @@ def test_make_installs_torch_first_and_the_rest_alone(tmp_path):
     out = dry("train", f"VENV={tmp_path}/v", "TARGET=cpu")
     torch, rest = out.index("--constraint locks/cpu.txt 'torch==2.13.0'"), out.index("--requirement locks/cpu.txt")
     assert torch < rest < out.index("--editable .") < out.index("tablemesh train configs/quickstart.toml")
-    assert "--no-deps --requirement" in out
+    assert "--no-deps --requirement locks/cpu.txt --requirement locks/dev.txt" in out
 
 
 def test_make_from_an_index_of_cpu_wheels(tmp_path):

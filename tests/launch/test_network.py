@@ -41,7 +41,8 @@ def hosts():
 class Training:
     """One node on each host, one rank each, started; the run folder is on the disk that both see."""
 
-    def __init__(self, hosts, folder, *words, epochs=1, more=""):
+    def __init__(self, hosts, folder, *words, epochs=1, more="", second=()):
+        """second: words before the second host's command."""
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
         more += RUN.format(hang=HANG_SECONDS)
@@ -53,8 +54,10 @@ class Training:
         full = [sys.executable, "-m", "launch.node", "--nodes", "2", "--head", "HEAD", "--port", PORT]
         full += ["--run-id", "x", "--nproc", "1", "--job", str(self.run_dir / "JOB.json"), "--grace", "10", *words]
         self.nodes = [
-            hosts.start(node, *full, "--node-rank", str(node), cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
-            for node in (0, 1)
+            hosts.start(
+                node, *before, *full, "--node-rank", str(node), cwd=folder, env=env, stderr=subprocess.PIPE, text=True
+            )
+            for node, before in ((0, ()), (1, second))
         ]
 
     def end(self):
@@ -126,6 +129,19 @@ def test_a_slow_link_is_slow_and_right(hosts, tmp_path, on_one_host):
     codes, said = training.end()
     assert codes == [0, 0], said
     assert small.losses(training.run_dir) == pytest.approx(on_one_host, rel=1e-6)
+
+
+@pytest.mark.cluster
+def test_a_preflight_names_the_bad_host(hosts, tmp_path):
+    """The second host sees 16 MB of shared memory, as in a container that nobody gave more."""
+    little = 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"'
+    training = Training(hosts, tmp_path, "--preflight", second=("unshare", "--mount", "sh", "-c", little, "sh"))
+    codes, said = training.end()
+    assert codes == [2, 2], said
+    (line,) = [line for line in said[0].splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: preflight: rank 1 on right: /dev/shm has 16"), line
+    assert not small.losses(training.run_dir), "it stopped before the first step"
+    assert training.report()["error"]["kind"] == "user"
 
 
 @pytest.mark.cluster

@@ -16,6 +16,13 @@ def test_a_taken_name_gets_a_number_and_latest_follows(tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["a", "a-2", "a-3", "latest"]
 
 
+def test_latest_may_follow_later(tmp_path):
+    run = rundir.create(tmp_path, "a", latest=False)
+    assert not os.path.lexists(tmp_path / "latest")
+    rundir.make_latest(run)
+    assert os.readlink(tmp_path / "latest") == "a"
+
+
 def test_a_folder_named_latest_is_left_alone(tmp_path):
     (tmp_path / "latest").mkdir()
     rundir.create(tmp_path, "a")

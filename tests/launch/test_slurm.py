@@ -126,6 +126,22 @@ def test_a_signal_before_the_time_limit_saves_and_queues_again(command, cluster,
     check_equal(run, undisturbed)
 
 
+def test_a_time_limit_saves_and_queues_again(command, cluster, tmp_path, data):
+    """Slurm's own signal this time: 120 s before the limit of 3 minutes, and up to a minute earlier, as it pleases."""
+    handle, run = submit(command, tmp_path, data, "limited", "--time", "3m", "--set", "train.epochs=1000")
+    log = run / f"logs/slurm-{handle.rsplit('/', 1)[1]}.log"
+    deadline = time.monotonic() + small.SECONDS
+    while "run 0 ended with exit code" not in (said := log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.5)
+    assert "run 0 ended with exit code 75" in said
+    saved = max(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+    small.until(command, handle, lambda found: (found["progress"]["step"] or 0) > saved + 20, "the run going on")
+    assert command("cancel", handle)["state"] == "cancelled"
+    steps = [json.loads(line)["step"] for line in open(run / "metrics.jsonl") if '"train"' in line]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps), "no step twice: it went on from where it had saved"
+
+
 def test_a_killed_worker_starts_all_again(command, cluster, tmp_path, data, undisturbed):
     handle, run = submit(command, tmp_path, data, "killed")
     small.until(command, handle, lambda found: (found["progress"]["step"] or 0) >= 30, "step 30")
@@ -166,5 +182,5 @@ def test_bad_input_leaves_no_job(command, cluster, tmp_path, data):
         told = command("submit", path, "--on", "slurm", *words)
         assert isinstance(told, str) and said in told and "error: " in told, (words, told)
     assert not cluster.call("squeue", "--noheader").stdout.strip()
-    assert not list((tmp_path / "runs").glob("bad*"))
+    assert not list((tmp_path / "runs").iterdir()), "neither a run folder nor a link to it"
     assert "knows no job" in command("status", "slurm://tablemesh/999999")

@@ -18,6 +18,7 @@ from trainer import config as configs
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests/golden/submit"
 MODULE = "tests.launch.fake_rank"
+QUICKSTART = "configs/quickstart.toml"
 
 CASES = {
     "local": ("--on", "local"),
@@ -117,13 +118,54 @@ def test_bad_input_names_the_way_out(words, said, command, config, tmp_path):
 def test_no_slurm_here(command, config, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = command("submit", config, "--on", "slurm")
-    assert code == 2 and "there is no `sbatch` here" in err
-    assert not list((tmp_path / "runs").glob("quick*")), "a run folder without a job"
+    assert code == 2 and "there is no `sinfo` here" in err
+    assert not (tmp_path / "runs").exists(), "a run folder without a job"
+
+
+def program(folder, name, text):
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_job_that_slurm_refuses_leaves_everything_as_it_was(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    program(tmp_path, "sinfo", "")
+    program(tmp_path, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
+    (tmp_path / "runs/earlier").mkdir(parents=True)
+    (tmp_path / "runs/latest").symlink_to("earlier")
+    code, _, err = command("submit", config, "--on", "slurm", "--option", "partition=nowhere")
+    assert code == 2 and "invalid partition specified: nowhere" in err and "`sinfo` lists the partitions" in err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["earlier", "latest"]
+    assert os.readlink(tmp_path / "runs/latest") == "earlier"
+    program(tmp_path, "sbatch", "echo 7")
+    assert command("submit", config, "--on", "slurm")[1].splitlines()[-1] == "slurm://tablemesh/7"
+    assert os.readlink(tmp_path / "runs/latest") == "quickstart"
+
+
+def test_a_job_of_torchx_run_that_slurm_refuses_leaves_no_folder(tmp_path, monkeypatch):
+    from torchx.specs import AppDryRunInfo
+
+    from launch.schedulers import slurm
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    script = slurm.Script([], {}, ["true"], run_dir=str(tmp_path / "runs/a"))
+    with pytest.raises(UserError, match="there is no `sbatch` here"):
+        slurm.Slurm("torchx").schedule(AppDryRunInfo(script, repr))
+    assert not (tmp_path / "runs/a").exists()
+
+
+def test_a_machine_of_no_cluster(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    program(tmp_path, "sinfo", "echo 'sinfo: fatal: Could not establish a configuration source' >&2; exit 1")
+    code, _, err = command("submit", config, "--on", "slurm")
+    assert code == 2 and "Could not establish a configuration source" in err and "slurm.conf in SLURM_CONF" in err
 
 
 def test_no_docker_daemon_here(command, config, tmp_path, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    (tmp_path / "data/quickstart/dataset.json").unlink()
     code, _, err = command("submit", config, "--on", "docker", "--image", "x")
+    assert not list((tmp_path / "data/quickstart").iterdir()), "data prepared for nothing"
     assert code == 2 and "no docker daemon answers" in err and "systemctl start docker" in err
 
 
@@ -207,10 +249,30 @@ def test_a_failure_starts_again_and_then_is_told(command, config, tmp_path):
     assert log.count("starting again from the newest checkpoint") == 1 and "error: " in log
 
 
+def torchx(tmp_path, *words):
+    """`torchx run WORDS` in the repository's folder, whose .torchxconfig it reads; no docker daemon answers."""
+    full = [Path(sys.executable).parent / "torchx", "run", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
+    return subprocess.run(full, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=180)
+
+
 def test_torchx_run(tmp_path):
     """The shipped .torchxconfig makes the component and this machine the defaults."""
-    words = [Path(sys.executable).parent / "torchx", "run", "--dryrun", "--", "--config", "configs/quickstart.toml"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=180)
+    done = torchx(tmp_path, "--dryrun", "--", "--config", QUICKSTART)
     assert done.returncode == 0, done.stderr
     assert "launch.node" in done.stdout and "TABLEMESH_CONFIG" in done.stdout
+
+
+def test_torchx_run_needs_no_docker_daemon_to_show_a_request(tmp_path):
+    """Nor does it make an image of the working directory, which TorchX does unless .torchxconfig says otherwise."""
+    done = torchx(
+        tmp_path, "--dryrun", "-s", "local_docker", "--", "--config", QUICKSTART, "--image", "x", "--nodes", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("image: x\n") == 2
+
+
+def test_bad_input_of_torchx_run_is_told_in_words(tmp_path):
+    done = torchx(tmp_path, "--dryrun", "--", "--config", QUICKSTART, "--nodes", "3")
+    assert done.returncode == 1
+    assert "error: 6 ranks do not divide data.streams = 8" in done.stderr and "Traceback" not in done.stderr
