@@ -14,7 +14,8 @@ ranks ended first and how:
 Ranks that the agent stopped are left out. hung: it made no progress and the agent killed it, as nobody else did.
 
 Exit code: 0, or 2 when every failed rank exited with 2 (the user's input), 75 likewise (stopped after a checkpoint),
-otherwise 1. SIGUSR1 is passed on to the ranks, which save and end with 75.
+otherwise 1. SIGUSR1 is passed on to the ranks, which save and end with 75; whatever else they end with then, but 2, the
+agent ends with 75 all the same.
 LOGS/agent.pid (agent_R.pid) holds the agent's process id.
 Torch's own error page is not printed: `launch.failure` makes one line of it.
 """
@@ -102,7 +103,13 @@ class Agent:
         )
         board = ranks.logs / f"board_{socket.gethostname()}_{ranks.node_rank}"
         context.begin(pulse.Board.create(board, ranks.nproc))
-        signal.signal(signal.SIGUSR1, lambda number, frame: context.pass_on(number))
+        asked = []  # to stop, by SIGUSR1
+
+        def pass_on(number: int, frame: Any) -> None:
+            asked.append(number)
+            context.pass_on(number)
+
+        signal.signal(signal.SIGUSR1, pass_on)
         os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt)}
         stopped_by = None
         try:
@@ -117,6 +124,8 @@ class Agent:
         failures = sorted(first.values(), key=lambda failed: failed["at"])
         codes = set(context.ended.values()) if stopped_by else {failed["exit_code"] for failed in failures}
         exit_code = codes.pop() if codes in ({2}, {75}) else 1
+        if asked and exit_code == 1:  # a rank that was starting, say, has nothing to save, and dies of the signal or of
+            exit_code = 75  # another's end; a restart would run into the time limit, as the signal does not come twice
         found = {"time": time.time(), "stopped_by": stopped_by, "exit_code": exit_code, "failures": failures}
         ranks.errors.mkdir(parents=True, exist_ok=True)
         self._found.write_text(json.dumps(found, indent=1) + "\n")

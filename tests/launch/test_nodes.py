@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -127,6 +129,20 @@ def test_a_users_error_ends_both_nodes_at_once(tmp_path):
     assert [node.returncode for node in nodes] == [2, 2], said
     assert "error: table t7: id 9 is outside its 8 rows" in said[0] and "starting again" not in said[0]
     assert json.loads((run_dir / "report.json").read_text())["error"]["kind"] == "user"
+
+
+def test_a_signal_before_the_time_limit_that_finds_ranks_starting_is_not_lost(tmp_path):
+    """They die of it, or have nothing to save; a restart would have no second signal before the limit."""
+    run_dir, nodes = start_nodes(tmp_path, "--restarts", "3", env={"FAKE": "wait"})
+    deadline = time.monotonic() + 200
+    while len(list(run_dir.glob("rank_*.pid"))) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for node in nodes:
+        node.send_signal(signal.SIGUSR1)
+    said = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [75, 75], said
+    assert "starting again" not in said[0]
 
 
 def rank(**changes):
