@@ -127,15 +127,15 @@ def test_a_signal_before_the_time_limit_saves_and_queues_again(command, cluster,
 
 
 def test_a_time_limit_saves_and_queues_again(command, cluster, tmp_path, data):
-    """Slurm's own signal this time: 120 s before the limit of 3 minutes, and up to a minute earlier, as it pleases."""
-    handle, run = submit(command, tmp_path, data, "limited", "--time", "3m", "--set", "train.epochs=1000")
+    """Slurm's own signal this time: 120 s before the limit of 4 minutes, and up to a minute earlier, as it pleases."""
+    handle, run = submit(command, tmp_path, data, "limited", "--time", "4m", "--set", "train.epochs=1000")
     log = run / f"logs/slurm-{handle.rsplit('/', 1)[1]}.log"
     deadline = time.monotonic() + small.SECONDS
     while "run 0 ended with exit code" not in (said := log.read_text() if log.exists() else ""):
         assert time.monotonic() < deadline, said
         time.sleep(0.5)
     assert "run 0 ended with exit code 75" in said
-    saved = max(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+    saved = max((int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")), default=0)
     small.until(command, handle, lambda found: (found["progress"]["step"] or 0) > saved + 20, "the run going on")
     assert command("cancel", handle)["state"] == "cancelled"
     steps = [json.loads(line)["step"] for line in open(run / "metrics.jsonl") if '"train"' in line]
