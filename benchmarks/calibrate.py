@@ -2,53 +2,56 @@
 
 Two stages, both on as many ranks as are asked for, over gloo, all working at once as they do in training:
 
-1. rates, each in a loop of its own: reading table rows and updating them by width, from memory and from cache; the
-   layers' products in float32 and bf16; elementwise work; a dense optimizer step; all-to-all and all-reduce over sizes.
-2. what TorchRec and the host add to that.  Small models are trained for some steps; the cost model is linear in the
-   constants of OVERHEADS, so non-negative least squares finds them from the measured steps.
+1. rates, each in a loop of its own (benchmarks/rates.py): reading table rows and updating them by width, from memory
+   and from cache; the layers' products; elementwise work; a dense optimizer step; all-to-all and all-reduce over sizes.
+2. whole steps of small models, which differ in everything that the cost model counts.  The model is linear in the
+   seconds of CONSTANTS, so least squares with a prior finds those that fit the measured steps best: no constant is
+   below zero, and each is drawn towards what the first stage measured, or, where that cannot be, to the built-in value.
+
+None of the models is one of those that `bench plan --measure` predicts.  How well the fit foretells a step that it was
+not fitted to is measured too: each model in turn is left out.
 
 The profile goes to sharding.topology.calibration_file, where `detect` looks for it.
 
-Shapes: C cases, O overheads.
+Shapes: C cases, O constants.
 """
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import tomli_w
 import torch
-import torch.distributed as dist
 from scipy.optimize import nnls
 
 from benchmarks.base import Row, report, usable_cores
-from benchmarks.planned import Case, Cases, predicted
+from benchmarks.planned import Case, predicted
 from benchmarks.ranks import Ranks
-from kernels.linear import Linear
-from kernels.ops import Optimizer, Spec, Table, TableBatchedEmbeddingBag
+from benchmarks.rates import LEAST, Machine, of_ranks, with_rates
 from sharding import topology
 from sharding.topology import Topology
+from trainer import precision
 from trainer.report import hardware, versions
 
-WIDTHS = (8, 16, 32, 64, 128)  # columns
-FAR, NEAR = 128 << 20, 512 << 10  # bytes of a table that lies in memory, and of one that stays in a core's cache
-IDS, BAG = 40_000, 20
-SIZES = tuple(1 << n for n in range(12, 25, 2))  # bytes of a collective
-STEPS, WARM_UP = 14, 4
-LEAST = 1e-12  # what stands for zero: a profile's numbers are above it
-OVERHEADS = (
-    "step_seconds", "feature_seconds", "part_seconds", "rows_seconds", "group_seconds", "replica_seconds",
-    "bucket_seconds", "bag_seconds", "op_seconds",
-)  # fmt: skip
+TURNS, STEPS, WARM_UP = 3, 8, 2  # the cases take turns; the first steps of a turn find a cache full of other tables
+DRAWN = 24  # cases
+PRIOR = 0.1  # weight of a constant's being twice its prior, beside a step's being foretold wrong by all of itself
+FASTEST = 10.0  # no rate is fitted above this multiple of what was measured
 RATES = (
-    "matrix_fp32", "matrix_bf16", "vector_bandwidth", "update_dense_bandwidth", "intra_bandwidth", "inter_bandwidth",
-    "row_bandwidth", "cached_row_bandwidth", "update_row_bandwidth", "memory_bandwidth",
+    "matrix_fp32", "matrix_bf16", "vector_bandwidth", "update_dense_bandwidth", "intra_bandwidth", "row_bandwidth",
+    "cached_row_bandwidth", "update_row_bandwidth",
 )  # fmt: skip
+SECONDS = (
+    "row_seconds", "cached_row_seconds", "update_row_seconds", "id_seconds", "intra_latency", "step_seconds",
+    "feature_seconds", "part_seconds", "rows_seconds", "group_seconds", "replica_seconds", "replica_id_seconds",
+    "replica_row_seconds", "bucket_seconds", "bag_seconds", "op_seconds",
+)  # fmt: skip
+CONSTANTS = (*RATES, *SECONDS)
 
 
 def main(*, nproc: int | None = None, json: bool = False) -> int:
@@ -56,12 +59,13 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
     nproc = nproc or max(1, min(2, usable_cores()))
     base = topology.CPU_HOST.sized(hosts=1, ranks_per_host=nproc)
     started = time.perf_counter()
-    cases = small_cases(nproc)
+    cases = (*small_cases(nproc), *drawn_cases(nproc))
     with Ranks(Machine, nproc, cases, tuned=True) as ranks:
-        measured = {name: _slowest(ranks.call("measure", name)) for name in Machine.MEASURES}
-        rated = with_rates(base, measured)
-        steps = {case.name: slowest_step(ranks.call("run", case.name, STEPS, WARM_UP)) for case in cases}
-    found = fitted(rated, cases, steps)
+        measured = {name: of_ranks(ranks.call("measure", name)) for name in Machine.MEASURES}
+        steps = in_turns(ranks, cases)
+    rated = with_rates(base, measured)
+    real_C = np.array([statistics.median(steps[case.name]) for case in cases])
+    found, off_C = fitted(rated, cases, real_C)
     file = topology.calibration_file(nproc)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_toml(found, nproc))
@@ -75,27 +79,35 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
             ratio=(getattr(found, name) / getattr(base, name)) ** (1 if name in RATES else -1),
             correct=True,
         )
-        for name in (*RATES, "row_seconds", "cached_row_seconds", "update_row_seconds", "id_seconds", "intra_latency",
-                     *OVERHEADS)
-        for unit, scale in [("G/s", 1e-9) if name in RATES else ("us", 1e6)]
-    ]  # fmt: skip
-    fits = [(name, 1e3 * predicted(case, found).step_seconds, 1e3 * steps[name]) for name, case in
-            ((c.name, c) for c in cases)]  # fmt: skip
-    notes = [
-        f"{name}: fitted {mine:.2f} ms, measured {real:.2f} ms ({mine / real - 1:+.0%})" for name, mine, real in fits
+        for name in (*CONSTANTS, "memory_bandwidth")
+        for unit, scale in [("us", 1e6) if name in SECONDS else ("G/s", 1e-9)]
     ]
+    fits = [
+        {
+            "name": c.name,
+            "fitted_ms": 1e3 * predicted(c, found).step_seconds,
+            "measured_ms": 1e3 * real,
+            "left_out": off,
+        }
+        for c, real, off in zip(cases, real_C.tolist(), off_C.tolist(), strict=True)
+    ]
+    notes = [
+        "{name}: fitted {fitted_ms:.1f} ms, measured {measured_ms:.1f} ms; left out of the fit {left_out:+.0%}".format(
+            **f
+        )
+        for f in fits
+    ]
+    notes.append(
+        f"steps left out of the fit are foretold within {np.median(abs(off_C)):.0%} in the median, "
+        f"{(abs(off_C) <= 0.25).sum()} of {len(cases)} within 25%"
+    )
     notes.append(f"{file}: used from now on for {nproc} ranks; measured in {time.perf_counter() - started:.0f} s")
-    extra = {
-        "file": str(file),
-        "nproc": nproc,
-        "fits": [{"name": n, "fitted_ms": a, "measured_ms": b} for n, a, b in fits],
-    }
+    extra = {"file": str(file), "nproc": nproc, "fits": fits}
     return report("calibrate", rows, json=json, notes=tuple(notes), extra=extra)
 
 
 def small_cases(ranks: int) -> tuple[Case, ...]:
-    """Models that differ in what each constant of OVERHEADS is multiplied with; none of them is one that
-    `bench plan --measure` predicts."""
+    """Models whose steps are nearly all overhead, and differ in what each overhead is multiplied with."""
 
     def case(name: str, *shardings: str, **values: Any) -> Case:
         usual = {"rows": 2000, "dim": 8, "batch": 64, "bottom": (16, 8), "top": (16, 1)}
@@ -121,189 +133,94 @@ def small_cases(ranks: int) -> tuple[Case, ...]:
     return tuple(found)
 
 
-class Machine(Cases):
-    """The loops of the first stage, on one rank; `measure` gives their result."""
+def drawn_cases(ranks: int, *, number: int = DRAWN, seed: int = 1) -> tuple[Case, ...]:
+    """Models of all sizes that a few cores train, drawn from a seed: tables of two sharding types each."""
+    rng = random.Random(seed)
+    bf16 = precision.choose("auto", torch.device("cpu")).is_bf16
+    types = ("table_wise", "row_wise", "column_wise", "data_parallel") if ranks > 1 else ("table_wise", "data_parallel")
 
-    MEASURES = ("lookups", "updates", "products", "elementwise", "dense_update", "all_to_all", "all_reduce")
+    def size(low: int, high: int) -> int:
+        return round(low * (high / low) ** rng.random())
 
-    def measure(self, name: str) -> Any:
-        if dist.get_world_size() > 1:
-            dist.barrier()
-        return getattr(self, name)()
-
-    def lookups(self) -> dict[str, dict[int, float]]:
-        """Seconds an id, of a table in memory and of one in cache, by width; pooling's output taken off."""
-        found: dict[str, dict[int, float]] = {}
-        for place, size in (("far", FAR), ("near", NEAR)):
-            found[place] = {}
-            for width in WIDTHS:
-                bags, ids_N, offsets = _bags(size // (4 * width), width)
-                with torch.no_grad():
-                    found[place][width] = seconds(lambda: bags(ids_N, offsets)) / IDS  # noqa: B023
-        return found
-
-    def updates(self) -> dict[str, dict[int, float]]:
-        """Seconds an id of forward and backward, by width: of ids that all differ, and of a few repeated ones."""
-        found: dict[str, dict[int, float]] = {"different": {}, "repeated": {}}
-        for width in WIDTHS:
-            for name, rows in (("different", FAR // (4 * width)), ("repeated", 100)):
-                bags, ids_N, offsets = _bags(rows, width)
-                grad = torch.ones(IDS // BAG, width)
-                both = seconds(lambda: bags(ids_N, offsets).backward(grad))  # noqa: B023
-                with torch.no_grad():
-                    forward = seconds(lambda: bags(ids_N, offsets))  # noqa: B023
-                found[name][width] = max(0.0, both - forward) / IDS
-        return found
-
-    def products(self) -> dict[str, float]:
-        """FLOP/s of layers forward and backward, float32 and bf16."""
-        found = {}
-        for name in ("matrix_fp32", "matrix_bf16"):
-            layers = torch.nn.Sequential(Linear(256, 256, relu=True), Linear(256, 128, relu=True), Linear(128, 64))
-            x_BN = torch.randn(1024, 256)
-            with torch.autocast("cpu", torch.bfloat16, enabled=name.endswith("bf16")):
-                taken = seconds(lambda: layers(x_BN).sum().backward())  # noqa: B023
-            flops = 2 * 1024 * (256 * 256 * 2 + 256 * 128 * 3 + 128 * 64 * 3)  # the input has no gradient
-            found[name] = flops / taken
-        return found
-
-    def elementwise(self) -> float:
-        """Bytes/s that an operation reads and writes."""
-        turns = cycle(
-            [(torch.randn(1 << 19), torch.empty(1 << 19)) for _ in range(16)]
-        )  # 64 MiB, as of a step's tensors
-
-        def add() -> None:
-            one, out = next(turns)
-            torch.add(one, 1.0, out=out)
-
-        return 8 * (1 << 19) / seconds(add)
-
-    def dense_update(self) -> float:
-        """Bytes/s of a dense optimizer, as the cost model counts them."""
-        weights = torch.nn.Parameter(torch.randn(1 << 21))
-        weights.grad = torch.randn(1 << 21)
-        optimizer = torch.optim.Adam([weights], fused=True)
-        return (12 + 2 * 8) * (1 << 21) / seconds(optimizer.step)
-
-    def all_to_all(self) -> dict[int, float]:
-        """Seconds by bytes that a rank gives away."""
-        return self._collective(lambda out, given: dist.all_to_all_single(out, given))
-
-    def all_reduce(self) -> dict[int, float]:
-        return self._collective(lambda out, given: dist.all_reduce(given))
-
-    def _collective(self, call: Callable[[Any, Any], Any]) -> dict[int, float]:
-        world = dist.get_world_size()
-        if world == 1:
-            return {}
-        found = {}
-        for size in SIZES:
-            given = torch.ones(size // 4 // (world * 8) * world * 8)
-            out = torch.empty_like(given)
-            times = []
-            for _ in range(9 if size < 1 << 20 else 5):
-                dist.barrier()
-                started = time.perf_counter()
-                call(out, given)
-                times.append(time.perf_counter() - started)
-            found[size] = statistics.median(times[1:])
-        return found
+    found = []
+    for i in range(number):
+        tables, dim, batch = size(4, 32), rng.choice([8, 16, 32, 64]), size(128, 2048)
+        ids = size(1, max(1, min(100, 1_000_000 // (tables * batch))))
+        if rng.random() < 0.3:
+            ids = 1
+        one, other = types[i % len(types)], rng.choice(types)
+        ones = rng.randrange(tables // 2, tables + 1)
+        widest = 1024 if batch < 512 else 512
+        dense, interaction = size(8, 2 * widest), rng.choice(["dot", "cat"])
+        bottom = (*(size(32, widest) for _ in range(rng.randrange(1, 3))), dim)
+        top = (*(size(32, widest) for _ in range(rng.randrange(1, 4))), 1)
+        found.append(
+            Case(
+                name=f"drawn {i + 1}: {ones} {one}, {tables - ones} {other}",
+                shardings=(one,) * ones + (other,) * (tables - ones),
+                rows=size(2000, 50_000), dim=dim, batch=batch, ids=ids, dense=dense, bottom=bottom, top=top,
+                interaction=interaction, bf16=bf16 and i % 4 < 2, ranks=ranks,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
-def _bags(rows: int, width: int) -> tuple[TableBatchedEmbeddingBag, torch.Tensor, torch.Tensor]:
-    spec = Spec(tables=(Table(rows=rows, dim=width),), optimizer=Optimizer(kind="rowwise_adagrad"))
-    bags = TableBatchedEmbeddingBag(spec)
-    bags.state.weights.fill_(0.01)
-    rng = torch.Generator().manual_seed(1)
-    return bags, torch.randint(0, rows, (IDS,), generator=rng), torch.arange(0, IDS + 1, BAG)
+def in_turns(ranks: Ranks, cases: Sequence[Case]) -> dict[str, list[float]]:
+    """Seconds of the steps of every case, each that of its slowest rank; a turn's first WARM_UP steps left out.
+
+    In turns, so that what else happens on the machine does not happen to one case alone.
+    """
+    steps: dict[str, list[float]] = {case.name: [] for case in cases}
+    for case in cases:
+        ranks.call("build", case.name)
+        ranks.call("run", case.name, WARM_UP)
+    for _ in range(TURNS):
+        for case in cases:
+            by_rank = ranks.call("run", case.name, STEPS)
+            steps[case.name] += [max(of_step) for of_step in zip(*by_rank, strict=True)][WARM_UP:]
+    for case in cases:
+        ranks.call("drop", case.name)
+    return steps
 
 
-def seconds(work: Callable[[], object], *, budget: float = 0.12) -> float:
-    """The median of repeated runs, after two that do not count."""
-    work()
-    work()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 5 or time.perf_counter() < end:
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def fitted(rated: Topology, cases: Sequence[Case], real_C: np.ndarray) -> tuple[Topology, np.ndarray]:
+    """(`rated` with the CONSTANTS that come nearest to the measured steps (seconds) and to its own, off_C): off_C is by
+    how much of itself each step is foretold wrong by the constants that are fitted to the others alone."""
+    found = rated
+    for _ in range(2):  # a step is its slowest rank's, and which one that is depends on the constants
+        shares_CO = _shares(rated, cases, found, real_C)
+        found = _with(rated, _factors(shares_CO))
+    off = [shares_CO[c] @ _factors(np.delete(shares_CO, c, axis=0)) - 1 for c in range(len(cases))]
+    return found, np.array(off)
 
 
-def _slowest(by_rank: Sequence[Any]) -> Any:
-    """The mean over ranks of a number, or of every number of a dict."""
-    first = by_rank[0]
-    if isinstance(first, dict):
-        return {key: _slowest([rank[key] for rank in by_rank]) for key in first}
-    return statistics.fmean(by_rank)
+def _shares(rated: Topology, cases: Sequence[Case], slowest_by: Topology, real_C: np.ndarray) -> np.ndarray:
+    """(C, O) share of its measured step that a case spends on each constant, as `rated` has it."""
+    nothing = replace(rated, **dict.fromkeys(RATES, np.inf), **dict.fromkeys(SECONDS, 0.0))
+    shares_CO = np.empty((len(cases), len(CONSTANTS)))
+    for c, case in enumerate(cases):
+        slowest = int(predicted(case, slowest_by).rank_seconds.argmax())
+        rest = predicted(case, nothing).rank_seconds[slowest]
+        for o, name in enumerate(CONSTANTS):
+            one = replace(nothing, **{name: getattr(rated, name)})
+            shares_CO[c, o] = (predicted(case, one).rank_seconds[slowest] - rest) / real_C[c]
+    return shares_CO
 
 
-def slowest_step(by_rank: Sequence[list[float]]) -> float:
-    """Seconds of a step: the median of the steps, each that of its slowest rank."""
-    return statistics.median(max(of_step) for of_step in zip(*by_rank, strict=True))
+def _factors(shares_CO: np.ndarray) -> np.ndarray:
+    """(O,) by what to multiply each constant's seconds."""
+    constants = shares_CO.shape[1]
+    left = np.vstack([shares_CO, PRIOR * np.eye(constants)])
+    right = np.concatenate([np.ones(len(shares_CO)), np.full(constants, PRIOR)])
+    return nnls(left, right)[0]
 
 
-def _line(points: dict[int, float], size_of: Callable[[int], float]) -> tuple[float, float]:
-    """(seconds, seconds a byte) of the line through the points, with equal relative weights, both positive."""
-    sizes = np.array([size_of(n) for n in points])
-    times = np.array(list(points.values()))
-    found, _ = nnls(np.stack([1 / times, sizes / times], 1), np.ones(len(times)))
-    return max(LEAST, found[0]), max(1e-15, found[1])
-
-
-def with_rates(base: Topology, measured: dict[str, Any]) -> Topology:
-    """What the first stage found, in a profile's fields."""
-    vector = measured["elementwise"]
-    pooled = {w: 4 * w / BAG / vector for w in WIDTHS}  # writing the vectors, an id
-    far = _line({w: max(LEAST, t - pooled[w]) for w, t in measured["lookups"]["far"].items()}, lambda w: 4 * w)
-    near = _line({w: max(LEAST, t - pooled[w]) for w, t in measured["lookups"]["near"].items()}, lambda w: 4 * w)
-    repeated, different = measured["updates"]["repeated"], measured["updates"]["different"]
-    cached = {w: near[0] + 4 * w * near[1] for w in WIDTHS}
-    sorting = statistics.median(max(LEAST, repeated[w] - cached[w] - pooled[w]) for w in WIDTHS)
-    update = _line(
-        {w: max(LEAST, different[w] - sorting - cached[w] - pooled[w]) for w in WIDTHS}, lambda w: 2 * (4 * w + 4)
-    )
-    changes: dict[str, float] = {
-        "row_seconds": far[0], "row_bandwidth": 1 / far[1],
-        "cached_row_seconds": near[0], "cached_row_bandwidth": 1 / near[1],
-        "update_row_seconds": update[0], "update_row_bandwidth": 1 / update[1],
-        "id_seconds": sorting,
-        "memory_bandwidth": 1 / far[1],
-        "vector_bandwidth": vector,
-        "update_dense_bandwidth": measured["dense_update"],
-        **measured["products"],
-    }  # fmt: skip
-    if measured["all_to_all"]:
-        world = base.world_size
-        first, byte = _line(measured["all_to_all"], lambda n: n * (world - 1) / world)
-        _, reduced = _line(measured["all_reduce"], lambda n: 2 * n * (world - 1) / world)
-        changes |= {
-            "intra_latency": max(LEAST, first - base.peer_seconds * (world - 1)),
-            "intra_bandwidth": 1 / byte,
-            "inter_bandwidth": 1 / byte,
-            "reduce_efficiency": byte / reduced,
-        }
-    return replace(base, **changes)
-
-
-def fitted(rated: Topology, cases: Sequence[Case], steps: dict[str, float]) -> Topology:
-    """The overheads with which the cost model comes nearest to the measured steps, relatively."""
-    nothing = replace(rated, **dict.fromkeys(OVERHEADS, LEAST))
-    found = replace(rated)
-    for _ in range(3):  # a step is its slowest rank's, and which one that is depends on the constants
-        slowest = [int(predicted(case, found).rank_seconds.argmax()) for case in cases]
-        rest_C = np.array([predicted(c, nothing).rank_seconds[r] for c, r in zip(cases, slowest, strict=True)])
-        slopes = []
-        for name in OVERHEADS:
-            one = replace(nothing, **{name: 1.0})
-            slopes.append([predicted(c, one).rank_seconds[r] for c, r in zip(cases, slowest, strict=True)])
-        real_C = np.array([steps[case.name] for case in cases])
-        slopes_CO = np.array(slopes).T - rest_C[:, None]
-        values_O, _ = nnls(slopes_CO / real_C[:, None], np.maximum(0.0, real_C - rest_C) / real_C)
-        found = replace(rated, **{n: max(LEAST, float(v)) for n, v in zip(OVERHEADS, values_O, strict=True)})
-    return found
+def _with(rated: Topology, factors_O: np.ndarray) -> Topology:
+    changes = {}
+    for name, factor in zip(CONSTANTS, factors_O.tolist(), strict=True):
+        value = getattr(rated, name)
+        changes[name] = value / max(factor, 1 / FASTEST) if name in RATES else max(LEAST, value * factor)
+    return replace(rated, **changes, inter_bandwidth=changes["intra_bandwidth"])
 
 
 def as_toml(found: Topology, nproc: int) -> str:

@@ -18,10 +18,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.workload import SEED, Side
 from sharding import topology
-from sharding.cost import Load, Prices, load, price
+from sharding.cost import Choice, Load, load, price
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.plan import Figures, rules_of, to_torchrec, work_of
-from sharding.planner import Solution, asked_kinds, solve
+from sharding.planner import Solution, solve
 from sharding.tables.base import Table
 from sharding.work import Work
 from trainer.config import Optim
@@ -113,9 +113,11 @@ class Case:
 
 def predicted(case: Case, cluster: topology.Topology) -> Load:
     """The case's plan priced with another machine's numbers."""
-    rules = rules_of(case.embeddings(), cluster)
-    prices: Prices = price(case.work, cluster, extra=asked_kinds(case.work, cluster, rules))
-    return load(prices, case.solution.choices)
+    choices = case.solution.choices
+    kinds = [case.solution.prices.kinds[choice.kind].kind for choice in choices]
+    prices = price(case.work, cluster, extra=kinds, usual=False)
+    number = {priced.kind: i for i, priced in enumerate(prices.kinds)}
+    return load(prices, [Choice(number[kind], c.ranks) for kind, c in zip(kinds, choices, strict=True)])
 
 
 def train(case: Case) -> Side:
@@ -137,16 +139,21 @@ def train(case: Case) -> Side:
 
 
 class Cases:
-    """Several cases in one set of ranks, built when they are asked for: .run(name, steps) of each."""
+    """Several cases in one set of ranks: .build(name), .run(name, steps) as often as wanted, .drop(name)."""
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
         self.cases = {case.name: case for case in cases}
+        self.built: dict[str, Side] = {}
 
-    def run(self, name: str, steps: int, warm_up: int) -> list[float]:
-        """Seconds of each step; the case is then gone."""
-        side = train(self.cases[name])
-        side.run(warm_up)
-        return side.run(steps)[0]
+    def build(self, name: str) -> None:
+        self.built[name] = train(self.cases[name])
+
+    def run(self, name: str, steps: int) -> list[float]:
+        """Seconds of each step."""
+        return self.built[name].run(steps)[0]
+
+    def drop(self, name: str) -> None:
+        del self.built[name]
 
 
 def _batch(case: Case, rank: int, number: int) -> Any:

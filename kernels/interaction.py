@@ -17,6 +17,9 @@ The backward gives, with G the (I, I) symmetric matrix of the dots' gradients, z
 Shapes: B samples, D columns of a vector, F features, X = F * D, I vectors, P pairs, Y = P (+ D with dense).
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,6 +73,18 @@ class DotInteraction(nn.Module):
         super().__init__()
         self.spec, self.backend = spec, backend
         self._made: dict[str, tuple[Choice, Any]] = {}
+
+    @contextlib.contextmanager
+    def served_by(self, kernel: Any, device: str) -> Iterator[None]:
+        """Meanwhile, `kernel` (as kernels/interactions/base.py has it) serves this kind of device."""
+        before = self._made.get(device)
+        self._made[device] = Choice(name="given", why="by served_by", module=sys.modules[__name__]), kernel
+        try:
+            yield
+        finally:
+            del self._made[device]
+            if before is not None:
+                self._made[device] = before
 
     def choice(self, device: torch.device | str) -> Choice:
         return self._on(torch.device(device))[0]

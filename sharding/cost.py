@@ -38,10 +38,15 @@ CACHE_SHARES = (0.02, 0.1, 0.3)  # of a table's rows that a device cache holds, 
 ID = 8  # bytes of an id
 LENGTH = 8  # bytes of a bag's length
 BATCHES_IN_FLIGHT = 3  # in the overlapped pipeline: one computes, one's ids travel, one is copied (trainer/pipeline.py)
+# A data_parallel table's update (trainer/optim/base.py, RowOptimizer), in bytes read and written for each byte of
+AVERAGED = 2.0  # the dense gradient, when its sum over the ranks is divided
+SEARCHED = 1.5  # the dense gradient, when the rows that are not all zeros are looked for: it, and a mask twice
+PASSES = 8  # a touched row with its state: taken out, squared, averaged, scaled, subtracted, put back
 SORT_BYTES = 16  # an id in the update: key and position, before and after sorting (kernels/backends/cpu.py)
 CACHE_ROW_BYTES = 16  # slot, tag and age of a cached row (FBGEMM's lxu_cache_state and lru_state)
-# CUDA context and NCCL's buffers on a device (estimate); Python with torch and TorchRec on a CPU (measured).
-RUNTIME_BYTES = {"cuda": 1.5 * 2**30, "cpu": 0.4 * 2**30}
+# CUDA context and NCCL's buffers on a device (estimate); Python with torch, TorchRec, Numba, pyarrow and the code of a
+# look-up and its update on a CPU (605 MiB measured, docs/LOG.md, 2026-11-28).
+RUNTIME_BYTES = {"cuda": 1.5 * 2**30, "cpu": 605 * 2**20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +224,10 @@ def load(prices: Prices, choices: Sequence[Choice]) -> Load:
     return Load(prices, seconds, device, host, volume, used)
 
 
-def price(work: Work, topology: Topology, *, extra: Sequence[Kind] = ()) -> Prices:
-    """Prices of all tables under all kinds that differ on this cluster, and under the `extra` ones."""
+def price(work: Work, topology: Topology, *, extra: Sequence[Kind] = (), usual: bool = True) -> Prices:
+    """Prices of all tables under all kinds that differ on this cluster, unless not `usual`, and the `extra` ones."""
     pricer = _Pricer(work, topology)
-    kinds = [pricer.kind(kind) for kind in dict.fromkeys([*usual_kinds(work, topology), *extra])]
+    kinds = [pricer.kind(k) for k in dict.fromkeys([*(usual_kinds(work, topology) if usual else ()), *extra])]
     hidden = topology.overlap and work.overlapped
     collective = pricer.latency
     group = {
@@ -403,10 +408,11 @@ class _Pricer:
         seconds = np.zeros((len(PARTS), *table.shape))
         seconds[1] = self._read(ids, row, kind) + bags * row / t.vector_bandwidth
         seconds[4] = (
-            ids * (t.id_seconds + t.cached_row_seconds + row / t.cached_row_bandwidth)
+            ids * (t.replica_id_seconds + t.cached_row_seconds + row / t.cached_row_bandwidth)
             + table / t.vector_bandwidth  # its gradient is made
             + allreduce_seconds(t, table)
-            + (3 * table + 2 * rows * state) / t.update_dense_bandwidth
+            + (AVERAGED + SEARCHED) * table / t.update_dense_bandwidth
+            + self.distinct[:, None] * (t.replica_row_seconds + PASSES * (row + state) / t.vector_bandwidth)
             + t.replica_seconds
         )
         device = np.zeros((len(BYTES), *table.shape))

@@ -84,7 +84,9 @@ class Topology:
         on a rank that holds a part of its table; rows_seconds: what a feature of a row-wise table adds for each part
         that its ids are divided into; bucket_seconds: of dividing an id.
     group_seconds: of a sharding type in use, beside its collectives: its modules, its input and output distribution.
-    replica_seconds: of the look-up and the update of a data_parallel table, beside its bytes.
+    replica_seconds: of the look-up and the update of a data_parallel table, beside its bytes; replica_id_seconds: of
+        adding the gradient of one of its ids to a dense gradient; replica_row_seconds: of taking a touched row out of
+        it, changing it and putting it back, beside its bytes.
     update_dense_bandwidth: bytes that a dense optimizer step and the averaging of gradients read and write.
     bag_seconds: of moving one pooled vector into its place after the all-to-all.
     link_efficiency: what of a link's rate an all-to-all reaches; reduce_efficiency: what of that an all-reduce reaches.
@@ -136,6 +138,8 @@ class Topology:
     bag_seconds: float = _of("s")
     group_seconds: float = _of("s")
     replica_seconds: float = _of("s")
+    replica_id_seconds: float = _of("s")
+    replica_row_seconds: float = _of("s")
     overlap: bool = True
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -188,6 +192,8 @@ _GPU: dict[str, Any] = {
     "bag_seconds": 0.0,
     "group_seconds": 60e-6,
     "replica_seconds": 150e-6,
+    "replica_id_seconds": 60e-12,
+    "replica_row_seconds": 0.0,
     "intra_latency": 10e-6,
     "inter_latency": 20e-6,
     "peer_seconds": 0.3e-6,
@@ -215,6 +221,7 @@ _GPU_SOURCES = {
     "step_seconds": "host work of a TorchRec pipeline step that the device waits for (estimate)",
     "launch_seconds": "fitted to two published throughputs of TorchRec's DLRM with 26 features (docs/scaling.md)",
     "replica_seconds": "a dozen launches and one wait of the host for the device (estimate)",
+    "replica_id_seconds": "FBGEMM sorts the ids of a dense gradient too: as id_seconds (estimate)",
     "group_seconds": "splits, permutes and the autograd functions of one sharding type (estimate)",
     "intra_latency": "NCCL over NVLink (estimate)",
     "inter_latency": "NCCL over InfiniBand (estimate)",
@@ -337,6 +344,8 @@ CPU_HOST = Topology(
     bag_seconds=10e-9,
     group_seconds=1e-3,
     replica_seconds=300e-6,
+    replica_id_seconds=100e-9,
+    replica_row_seconds=300e-9,
     overlap=False,
     sources=dict.fromkeys(
         QUANTITIES, "estimate for two cores of a current server CPU, a rank on each, gloo between them"

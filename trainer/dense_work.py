@@ -2,19 +2,21 @@
 
     dense_work(net, inputs, ...) -> DenseWork       for the planner's cost model
 
-Matrix products are counted in FLOPs, every other operation in bytes read and written.  Counted at two batch sizes; both
-grow linearly with the rows, so two points give what is per row and what is not.
+Matrix products are counted in FLOPs, every other operation in bytes read and written; DLRM's dots, which are one op, in
+both.  Counted at two batch sizes; both grow linearly with the rows, so two points give what is per row and what is not.
 
 Shapes: B rows, K dense inputs, X sum of the features' dims, T tasks.
 """
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from kernels import interaction
 from sharding.work import DenseWork
 from trainer.models.base import ModelInputs
 
@@ -45,6 +47,26 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+class _Dots:
+    """Stands for a kernel of kernels/interactions/: makes what it makes, and counts what it reads and multiplies."""
+
+    def __init__(self, spec: interaction.Spec, counter: _Counter) -> None:
+        self.spec, self.counter = spec, counter
+
+    def forward(self, dense_BD: Tensor | None, emb_BX: Tensor) -> Tensor:
+        self._count(dense_BD, emb_BX, products=1)
+        return emb_BX.new_empty(emb_BX.shape[0], self.spec.columns)
+
+    def backward(self, grad_BY: Tensor, dense_BD: Tensor | None, emb_BX: Tensor) -> tuple[Tensor | None, Tensor]:
+        self._count(grad_BY, dense_BD, emb_BX, products=2)
+        return None if dense_BD is None else torch.empty_like(dense_BD), torch.empty_like(emb_BX)
+
+    def _count(self, *read: Tensor | None, products: int) -> None:
+        given = [t for t in read if t is not None]
+        self.counter.bytes += sum(t.numel() * t.element_size() for t in given)
+        self.counter.flops += products * 2 * given[0].shape[0] * self.spec.vectors**2 * self.spec.dim
+
+
 def dense_work(net: nn.Module, inputs: ModelInputs, *, state_bytes_per_parameter: float) -> DenseWork:
     """What `net`, a model of trainer/models on the meta device, costs a step.  Its parameters' gradients stay None."""
     few, many = _count(net, inputs, FEW), _count(net, inputs, MANY)
@@ -68,7 +90,12 @@ def _count(net: nn.Module, inputs: ModelInputs, rows: int) -> _Counter:
     emb_BX = torch.empty(rows, sum(inputs.dims), device=meta, requires_grad=True)
     labels_BT = torch.empty(rows, inputs.tasks, device=meta)
     parameters = [p for p in net.parameters() if p.requires_grad]
-    with _Counter() as counter:
+    counter = _Counter()
+    with contextlib.ExitStack() as stack:
+        for module in net.modules():
+            if isinstance(module, interaction.DotInteraction):
+                stack.enter_context(module.served_by(_Dots(module.spec, counter), "meta"))
+        stack.enter_context(counter)
         logits_BT = net(dense_BK, emb_BX)
         loss = nn.functional.binary_cross_entropy_with_logits(logits_BT, labels_BT)
         torch.autograd.grad(loss, [emb_BX, *parameters], allow_unused=True)

@@ -25,8 +25,8 @@ ROUND = replace(
     cache=1e-9, memory_bandwidth=1e9, row_seconds=1e-9, row_bandwidth=1e9, cached_row_seconds=2e-9,
     cached_row_bandwidth=2e9, update_row_seconds=3e-9, update_row_bandwidth=1e9, id_seconds=5e-9, vector_bandwidth=1e9,
     intra_bandwidth=1e9, inter_bandwidth=5e8, link_efficiency=1.0, part_seconds=1e-6, rows_seconds=1e-6,
-    bucket_seconds=1e-9, bag_seconds=0.0, replica_seconds=1e-4, update_dense_bandwidth=1e9, intra_latency=1e-6,
-    inter_latency=10e-6, peer_seconds=1e-6, group_seconds=1e-4,
+    bucket_seconds=1e-9, bag_seconds=0.0, replica_seconds=1e-4, replica_id_seconds=7e-9, replica_row_seconds=11e-9,
+    update_dense_bandwidth=1e9, intra_latency=1e-6, inter_latency=10e-6, peer_seconds=1e-6, group_seconds=1e-4,
 )  # fmt: skip
 # 1,000 rows of 8 columns, 400 samples a step of one bag with 2 ids: 800 ids, 25,600 -> 12,800 bytes of vectors.
 TABLE = TableLoad(name="t", rows=1000, dim=8, ids=2.0)
@@ -102,8 +102,10 @@ def test_data_parallel_averages_the_whole_table():
     update = named(found.seconds[:, 0, 0])["update"]
     averaged = allreduce_seconds(ROUND, 32_000)
     assert averaged == pytest.approx(32_000 * (2 * 1 / 2 / 1e9 + 2 * 1 / 2 / 2 / 5e8))
-    ids = 200 * (5e-9 + 2e-9 + 16e-9)
-    assert update == pytest.approx(ids + 32_000e-9 + averaged + (3 * 32_000 + 2 * 4000) * 1e-9 + 1e-4)
+    ids = 200 * (7e-9 + 2e-9 + 16e-9)
+    distinct = 1000 * (1 - (1 - 1 / 1000) ** 800)
+    touched = distinct * (11e-9 + 8 * (32 + 4) * 1e-9)
+    assert update == pytest.approx(ids + 32_000e-9 + averaged + 3.5 * 32_000e-9 + touched + 1e-4)
     assert found.copies(4).tolist() == [4]
 
 
