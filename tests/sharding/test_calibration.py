@@ -1,4 +1,4 @@
-"""The fit of `tablemesh bench calibrate`, on steps that the cost model itself made up; and the work counted of the dots."""
+"""The fit of `tablemesh bench calibrate`, on steps that the cost model made up; and the work counted of the dots."""
 
 from dataclasses import replace
 
