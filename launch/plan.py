@@ -192,7 +192,12 @@ def plan_of(asked: Asked, name: str) -> Solution:
     if name == "auto":
         return planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     if name in SHARDING_TYPES:
-        rules = {t.name: Rule(shardings=frozenset([name]), said=f"--compare {name}") for t in asked.work.tables}
+        rules = {}
+        for table in asked.work.tables:
+            own = asked.rules.get(table.name, Rule())
+            if name not in own.can_shardings:
+                raise UserError(f"--compare {name}: table {table.name!r} cannot be {name} ({own.said})")
+            rules[table.name] = Rule(shardings=frozenset([name]), tiers=own.can_tiers, said=f"--compare {name}")
         return planner.solve(asked.work, asked.cluster, rules=rules, limits=asked.limits)
     if name.partition(":")[0] in topology.profiles() | dict(asked.profiles):
         other = asked.on(name)

@@ -40,9 +40,6 @@ def ways_by_kind(asked: "Asked") -> list[WayOut]:
     tables = _large(asked.embeddings.tables)
     found = []
     for kind in NOTES if tables else ():
-        # An id map has no place beside tables on a GPU yet, nor two ranks' columns.
-        if kind == "collisionless" and asked.cluster.device != "cpu":
-            continue
         way = _smallest_change(asked, kind, [replace(t, kind=kind, options=_options(kind, t)) for t in tables])
         found += [] if way is None else [way]
     return found

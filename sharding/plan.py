@@ -21,7 +21,7 @@ CPU kernel takes a part without rows for a feature of the next table, with that 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,19 +211,28 @@ def rules_of(
     tables = [shardable(t, embeddings.logical[t.name], world, local) for t in embeddings.physical]
     check_row_types(embeddings.tables)
     check_rows(tables, world, local)
-    own = {}
-    for t in tables:
-        if t.sharding == "auto" and t.name in embeddings.by_id:
-            own[t.name] = Rule(shardings=frozenset({"table_wise", "row_wise"}), said="tables: kind = 'collisionless'")
-        elif t.sharding == "auto" and t.row_type != "fp32":
-            types = frozenset(SHARDING_TYPES) - {"data_parallel"}
-            own[t.name] = Rule(shardings=types, said=f"tables: row_type = {t.row_type!r}")
-        elif t.sharding != "auto":
-            columns = columns_per_shard(t, world, local)
-            parts = None if columns is None else stored_dim(t.dim) // columns
-            asked = f"tables: sharding = {t.sharding!r}"
-            own[t.name] = Rule(shardings=frozenset([t.sharding]), column_parts=parts, said=asked)
+    rules = {t.name: _own_rule(t, embeddings, world, local) for t in tables}
+    own = {name: rule for name, rule in rules.items() if rule != Rule()}
     return planner.rules_from([t.name for t in embeddings.physical], constraints, own)
+
+
+def _own_rule(table: Table, embeddings: Embeddings, world: int, local: int) -> Rule:
+    """What the table can be at all, and what of it its own `sharding` asks for."""
+    rule, asked = Rule(), []
+    if table.name in embeddings.by_id:  # the id map and the rows that it gives are on the device
+        can, tiers = frozenset({"table_wise", "row_wise"}), frozenset({"device"})
+        rule = Rule(shardings=can, tiers=tiers, can_shardings=can, can_tiers=tiers)
+        asked.append(f"kind = {embeddings.logical[table.name].kind!r}")
+    elif table.row_type != "fp32":
+        can = frozenset(SHARDING_TYPES) - {"data_parallel"}
+        rule = Rule(shardings=can, can_shardings=can)
+        asked.append(f"row_type = {table.row_type!r}")
+    if table.sharding != "auto":
+        columns = columns_per_shard(table, world, local)
+        parts = None if columns is None else stored_dim(table.dim) // columns
+        rule = replace(rule, shardings=frozenset([table.sharding]), column_parts=parts)
+        asked.append(f"sharding = {table.sharding!r}")
+    return replace(rule, said=f"tables: {', '.join(asked)}") if asked else rule
 
 
 def to_torchrec(solution: Solution, embeddings: Embeddings) -> ShardingPlan:

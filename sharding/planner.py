@@ -32,12 +32,15 @@ SOLVED = 5e-4  # a gap from which nothing is gained by an exact solution
 class Rule:
     """What a table may become; None leaves it open.  column_parts: the number of parts by columns.
 
+    can_shardings, can_tiers: what it could become if nobody asked for anything, which no way out goes beyond.
     said: where that was asked for, for messages.
     """
 
     shardings: frozenset[str] | None = None
     tiers: frozenset[str] | None = None
     column_parts: int | None = None
+    can_shardings: frozenset[str] = frozenset(SHARDING_TYPES)
+    can_tiers: frozenset[str] = frozenset(TIERS)
     said: str = ""
 
 
@@ -185,6 +188,8 @@ def _both(name: str, one: Rule | None, two: Rule) -> Rule:
         shardings=meet("sharding", one.shardings, two.shardings),
         tiers=meet("tier", one.tiers, two.tiers),
         column_parts=one.column_parts or two.column_parts,
+        can_shardings=one.can_shardings & two.can_shardings,
+        can_tiers=one.can_tiers & two.can_tiers,
         said=f"{one.said} and {two.said}",
     )
 

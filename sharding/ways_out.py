@@ -109,14 +109,14 @@ def _rules_lifted(asked: _Asked) -> Iterator[list[_Try]]:
         return [_Try(words.format(named), {key: names}, replace(asked, rules=rules))]
 
     columns = lifted(
-        lambda rule: rule.shardings is not None and not rule.shardings & BY_COLUMNS,
-        lambda rule: replace(rule, shardings=rule.shardings | BY_COLUMNS),
+        lambda rule: rule.shardings is not None and not rule.shardings & BY_COLUMNS and rule.can_shardings & BY_COLUMNS,
+        lambda rule: replace(rule, shardings=rule.shardings | (BY_COLUMNS & rule.can_shardings)),
         "column-splitting: let {} have its columns in parts (column_wise)",
         "column_split",
     )
     tiers = lifted(
-        lambda rule: rule.tiers is not None and rule.tiers != frozenset(TIERS),
-        lambda rule: replace(rule, tiers=None),
+        lambda rule: rule.tiers is not None and rule.tiers < rule.can_tiers,
+        lambda rule: replace(rule, tiers=rule.can_tiers),
         "another tier: let {} be in host memory, with or without a cache",
         "tier",
     )
@@ -124,11 +124,19 @@ def _rules_lifted(asked: _Asked) -> Iterator[list[_Try]]:
     yield tiers
     if not any(attempt.asked.possible() for attempt in (*columns, *tiers)):
         yield lifted(
-            lambda rule: rule.shardings is not None or rule.tiers is not None,
-            lambda rule: Rule(said=rule.said),
+            lambda rule: rule.shardings not in (None, rule.can_shardings) or rule.tiers not in (None, rule.can_tiers),
+            _open,
             "leave the sharding and tier of {} to the planner (rows or columns in parts)",
             "rules",
         )
+
+
+def _open(rule: Rule) -> Rule:
+    """All that the table can be."""
+    shardings = None if rule.can_shardings == frozenset(SHARDING_TYPES) else rule.can_shardings
+    tiers = None if rule.can_tiers == frozenset(TIERS) else rule.can_tiers
+    can = {"can_shardings": rule.can_shardings, "can_tiers": rule.can_tiers}
+    return Rule(shardings=shardings, tiers=tiers, **can, said=rule.said)
 
 
 def _larger_limits(asked: _Asked, short: Infeasible) -> list[_Try]:

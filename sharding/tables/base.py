@@ -41,6 +41,7 @@ gets the ids as they are, which an id map on the rank that owns them turns into 
 The file may import torch, not TorchRec.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -255,8 +256,9 @@ def too_small(tables: Sequence[Table], budget: int, smallest: int, why: str) -> 
     """The error of `fit` for a budget that no choice of sizes meets."""
     names = ", ".join(repr(t.name) for t in tables[:4]) + (f" and {len(tables) - 4} more" if len(tables) > 4 else "")
     full = sum(t.bytes for t in tables)
+    share = math.ceil(1e4 * smallest / full) / 1e4  # rounded up, so that it will do
     return UserError(
         f"{'table' if len(tables) == 1 else 'tables'} {names}: a budget of {budget:,} bytes is below the smallest "
         f"possible for kind {tables[0].kind!r}, {smallest:,} bytes ({why}); one physical table each takes {full:,}: "
-        f"give at least {smallest / full:.4f} of that, or take another kind"
+        f"give at least {share:.4f} of that, or take another kind"
     )

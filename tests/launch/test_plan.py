@@ -133,11 +133,31 @@ def toml(value) -> str:
     return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
-def test_rows_of_int8_and_id_maps_are_no_way_out_on_a_gpu(command, small):
-    code, out, _ = command(*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.9GiB", "--host-mem", "2GiB", "--json")
+def test_ways_out_on_a_gpu(command, small):
+    """No rows of int8; and the rows that an id map gives are in the device's memory, whatever room the host has."""
+    words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.9GiB", "--host-mem", "2GiB", "--json")
+    code, out, _ = command(*words)
     changes = [way["change"] for way in json.loads(out)["ways_out"]]
-    assert code == 1 and not any(c.get("row_type") == "int8" or c.get("kind") == "collisionless" for c in changes)
-    assert {c["row_type"] for c in changes if "row_type" in c} <= {"bf16"}
+    assert code == 1 and {c["row_type"] for c in changes if "row_type" in c} <= {"bf16"}
+    (given,) = (c for c in changes if c.get("kind") == "collisionless")
+    code, out, err = command(*words, "--set", f"tables.override={toml(given['overrides'])}")
+    tables = json.loads(out)["plan"]["tables"]
+    assert code == 0 and {t["tier"] for t in tables if t["name"] in given["tables"]} == {"device"}, err
+
+
+COLLISIONLESS = 'tables.override=[{match="user", kind="collisionless", options={rows=40_000_000}}]'
+
+
+def test_no_way_out_leads_where_a_kind_cannot_go(command, small):
+    """An id map's rows by columns, in host memory or in copies."""
+    words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "64GiB", "--set", COLLISIONLESS)
+    code, out, err = command(*words, "--json")
+    changes = [way["change"] for way in json.loads(out)["ways_out"]]
+    assert code == 1 and changes and not any({"column_split", "tier", "rules"} & set(c) for c in changes), changes
+    code, _, err = command(
+        *PLAN, "--cluster", "h100-80gb:1x8", "--set", COLLISIONLESS, "--compare", "auto", "grid_shard"
+    )
+    assert code == 2 and "table 'user' cannot be grid_shard (tables: kind = 'collisionless'" in " ".join(err.split())
 
 
 def test_a_page_of_the_plan(command, small):

@@ -1,6 +1,7 @@
 """What single kinds promise: ids told apart, sizes under a budget, the rule of mixed dims, errors with a way out."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -240,6 +241,17 @@ def test_what_cannot_be_is_refused_with_the_numbers_and_a_way_out(call, words):
     with pytest.raises(UserError) as error:
         call()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["standard", "hashed", "compositional", "mixed_dim", "unified", "collisionless"])
+def test_the_share_that_a_refused_budget_names_will_do(kind):
+    fit, admits = registry.load("sharding.tables", kind).fit, {"admit_after": 3} if kind == "collisionless" else {}
+    for rows in (1000, 20_000, 33_333):
+        one = table(kind, rows=rows, **admits)
+        with pytest.raises(UserError) as error:
+            fit([one], 1)
+        share = float(re.search(r"give at least ([\d.]+) of that", str(error.value))[1])
+        fit([one], round(share * one.bytes))
 
 
 def test_sizes_for_the_fewest_rows_are_found_at_once_for_ids_of_62_bits():
