@@ -22,6 +22,7 @@ from kernels.errors import UserError
 from kernels.id_maps.base import COUNTERS, HOST, LAST_CLOCK, PARTS, Admitted, Counts, Policy, State, part_of
 
 BACKENDS = "kernels.id_maps"
+EVICTED = torch.tensor([int(one.name == "evicted") for one in fields(Counts)])
 
 
 class IdMap:
@@ -165,8 +166,8 @@ def reshard(states: Sequence[dict[str, Tensor]], *, policy: Policy, ranks: int, 
 
     Ids, clocks, uses and the filter go along, so every id is admitted, expires and is found as it would have been.
     Rows are numbered anew without gaps.  The first new rank's counts are the sums of the old ones, the others' are 0.
-    Raises UserError that names the table where an id would find no row: a new rank's share of the limit may be smaller
-    than what it gets.
+    A new rank's share of the limit may be smaller than what it gets: then it evicts by the policy, and counts that.
+    Raises UserError that names the table where that is so and eviction is off.
     """
     ids_K = torch.cat([state["ids_K"] for state in states])
     rows_K, clocks_K, uses_K = (torch.cat([s[part] for s in states]) for part in ("rows_K", "clocks_K", "uses_K"))
@@ -182,11 +183,17 @@ def reshard(states: Sequence[dict[str, Tensor]], *, policy: Policy, ranks: int, 
         here_K = (owner_K == rank).nonzero().flatten()
         first, parts = part_range(rank=rank, ranks=ranks)
         limit = policy.share(first, parts)
-        if len(here_K) > limit:
+        evicted = max(0, len(here_K) - limit)
+        if evicted and policy.evict == "off":
+            kept = f" (with window = {policy.whole_window:,}, so that the filter fits)" if policy.lines else ""
             raise UserError(
                 f"id map of table {name!r}: rank {rank} of {ranks} gets {len(here_K):,} ids, its share of the limit of "
-                f"{policy.limit:,} is {limit:,}; raise the limit, or expire ids first"
+                f"{policy.limit:,} is {limit:,}, and eviction is off; raise the limit{kept}, set "
+                'evict = "lru" or "lfu", or go on with as many ranks as before'
             )
+        if evicted:
+            value_K = clocks_K[here_K] + (uses_K[here_K] << 32 if policy.evict == "lfu" else 0)
+            here_K = here_K[value_K.argsort(stable=True)[evicted:].sort().values]
         state = {
             "ids_K": ids_K[here_K],
             "rows_K": torch.arange(1, len(here_K) + 1),
@@ -196,7 +203,7 @@ def reshard(states: Sequence[dict[str, Tensor]], *, policy: Policy, ranks: int, 
             "filter_PHLC": filter_PHLC[first : first + parts],
             "counted_P": counted_P[first : first + parts],
             "about": torch.tensor([len(here_K), clock, first, parts]),
-            "counts": counts if rank == 0 else torch.zeros_like(counts),
+            "counts": (counts if rank == 0 else torch.zeros_like(counts)) + evicted * EVICTED,
         }
         found.append(Resharded(state=state, from_rank_K=ranks_K[here_K], from_row_K=rows_K[here_K]))
     return found

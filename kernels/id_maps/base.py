@@ -80,7 +80,11 @@ class Policy:
     @property
     def part_window(self) -> int:
         """Occurrences that a half of one part's piece of the filter counts."""
-        return -(-(self.window or max(self.limit, 1 << 16)) // PARTS)
+        return -(-self.whole_window // PARTS)
+
+    @property
+    def whole_window(self) -> int:
+        return self.window or max(self.limit, 1 << 16)
 
     @property
     def lines(self) -> int:
