@@ -1,5 +1,6 @@
 """Batches for the op, and a run of one backend on them whose results two backends can be compared by."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,8 @@ from kernels.choice import choose
 from kernels.ops import Spec, State, TableBatchedEmbeddingBag
 
 CPU = torch.device("cpu")
+# Triton's kernels are among the backends then, a hundred times slower than others.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kernels import registry
 from kernels.errors import UserError
 from kernels.interaction import BACKENDS, DotInteraction, Spec
+from tests.kernels.cases import INTERPRETED
 
 KINDS = registry.names(BACKENDS)
 CPU = torch.device("cpu")
@@ -77,7 +78,9 @@ def test_dtypes(backend, dense, emb):
     assert_close(backend, Spec(features=26, dim=16), samples=9, dense=dense, emb=emb)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6 if INTERPRETED else 15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(1, 40), st.sampled_from((4, 16)), st.booleans(), st.integers(0, 40))
 def test_any_count_of_vectors(backend, features, dim, dense, samples):
     if features + dense >= 2:
