@@ -60,7 +60,8 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
     if scheduler.status(id) is State.SUCCEEDED:
         output.show(all=True)
         return None
-    return failure.explain(job, oom_kills=machine.oom_kills() - kills, agent_output="\n".join(scheduler.logs(id)))
+    said = "\n".join(scheduler.logs(id, job.run_dir))
+    return failure.explain(job, oom_kills=machine.oom_kills() - kills, agent_output=said)
 
 
 def _show(events: "Lines", display: Display) -> None:

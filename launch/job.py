@@ -21,6 +21,7 @@ VOLUME = Path("/workspace")  # where a volume that the submitting machine does n
 
 PORT = 29500  # of the nodes' roll call; each attempt to run takes the next one for its ranks (launch/node.py)
 WAIT_SECONDS = 300  # for all nodes to come
+TIED = "TABLEMESH_TIED"  # environment variable: the node ends with the process that started it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,7 @@ class Job:
             *("--port", str(port)),
             *("--run-id", run_id),
             *("--nproc", str(self.nproc)),
+            *(["--gpus", str(self.place.gpus)] if self.place.gpus else []),
             *("--restarts", str(self.place.restarts)),
             *("--grace", str(self.grace)),
             *(["--preflight"] if self.place.preflight else []),
@@ -136,9 +138,10 @@ def make(
 ) -> Job:
     """A job with its threads and environment filled in.
 
-    A rank gets an equal share of a node's CPUs: of those that `place` asks for, or else of this machine's; unless
-    OMP_NUM_THREADS is set by the user. `python -m` in the ranks finds our packages and not the ones of the same names
-    that may lie in the working directory or in site-packages.
+    A rank gets an equal share of a node's CPUs: of those that `place` asks for, or else of all that are there, which a
+    submitted job counts on its nodes (launch/node.py); unless OMP_NUM_THREADS is set by the user. `python -m` in the
+    ranks finds our packages and not the ones of the same names that may lie in the working directory or in
+    site-packages.
     env: what the user adds; it stands above everything that is chosen here.
     """
     place = place or Place()
@@ -155,6 +158,8 @@ def make(
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks' store must not live in the agent
         "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard looks for TensorFlow
     }
+    if (detached or config) and place.cpus is None and "OMP_NUM_THREADS" not in os.environ:
+        del chosen["OMP_NUM_THREADS"]
     if place.gpus:
         chosen |= gpu.SETTINGS
     return Job(

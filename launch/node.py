@@ -6,8 +6,9 @@ A scheduler runs this once on every node. R is a number or `$NAME`, an environme
 environment variable with node 0's address. In order:
 
 1. Roll call: every node tells node 0 its name and versions. The job ends with the names of the nodes that did not come
-   within WAIT_SECONDS, or that have other versions than most. The ranks then use the interface by which node 0 is
-   reached (launch/network.py).
+   within WAIT_SECONDS, that have other versions than most, or fewer GPUs than the job asks for (--gpus). The ranks then
+   use the interface by which node 0 is reached (launch/network.py), and share the node's CPUs unless OMP_NUM_THREADS
+   says otherwise.
 2. Node 0 writes the run folder (config.toml, JOB.json) from TABLEMESH_CONFIG where the submitting machine could not,
    prepares the data where the config says how and it is missing, and lets the others go on.
 3. With --preflight the ranks run launch.preflight first (once).
@@ -20,13 +21,14 @@ Exit code: 0 done, 2 the user's input was wrong, 75 stopped after a checkpoint (
 
 import argparse
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from kernels.errors import UserError
-from launch import agent, attempts, job, network, roll_call, rundir
+from launch import agent, attempts, job, machine, network, rank, roll_call, rundir
 from launch.failure import Failure
 from trainer import quiet
 
@@ -35,6 +37,8 @@ CONFIG = "TABLEMESH_CONFIG"  # environment variable with the TOML of a run folde
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
+    if os.environ.pop(job.TIED, None):
+        rank.die_with_parent(signal.SIGTERM)
     quiet.install()
     attempts.catch_signals()
     work = job.Job(
@@ -54,9 +58,11 @@ def main(argv: list[str] | None = None) -> int:
             port=args.port,
             run_id=args.run_id,
             wait=timedelta(seconds=args.wait),
+            gpus=args.gpus,
         )
         if args.nodes > 1:
             network.choose(nodes.master)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // args.nproc)))
         if args.node_rank == 0:
             _deliver(work)
         return _run(args, work, nodes, started)
@@ -80,6 +86,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=_number, required=True)
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--nproc", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=0, help="that each node has to have")
     parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("--grace", type=int, default=60, help="seconds to save in when the job is stopped")
     parser.add_argument("--preflight", action="store_true")

@@ -18,6 +18,7 @@ from datetime import timedelta
 from importlib import metadata
 from typing import Any, TypeVar
 
+import torch
 from torch.distributed import DistNetworkError, TCPStore
 
 from kernels.errors import UserError
@@ -58,14 +59,14 @@ class Missing(RuntimeError):
 
 
 def facts() -> dict[str, Any]:
-    """What must be equal on all nodes, and the node's name."""
+    """What must be equal on all nodes, the GPUs that torch sees here, and the node's name."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for name in VERSIONS:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"host": socket.gethostname(), "versions": versions}
+    return {"host": socket.gethostname(), "versions": versions, "gpus": torch.cuda.device_count()}
 
 
 def differences(nodes: list[dict[str, Any]]) -> list[str]:
@@ -85,6 +86,28 @@ def differences(nodes: list[dict[str, Any]]) -> list[str]:
             if version != usual
         ]
     return lines
+
+
+def short_of_gpus(nodes: list[dict[str, Any]], wanted: int) -> list[str]:
+    """A line for each node with fewer GPUs than the job asks for: its ranks would train on the CPU, or not at all.
+
+    >>> short_of_gpus([{"host": "a", "gpus": 8}, {"host": "b", "gpus": 7}], 8)
+    ['node 1 (b): torch sees 7 GPUs, and the job asks for 8 on each node']
+    """
+    return [
+        f"node {rank} ({node['host']}): torch sees {node['gpus']} GPUs, and the job asks for {wanted} on each node"
+        for rank, node in enumerate(nodes)
+        if node["gpus"] < wanted
+    ]
+
+
+def _bad(nodes: list[dict[str, Any]], gpus: int) -> str:
+    """Why these nodes cannot train together; "" when they can."""
+    if different := differences(nodes):
+        return "\n".join(["the nodes do not run the same software:", *different])
+    if gpus and (short := short_of_gpus(nodes, gpus)):
+        return "\n".join(["GPUs are missing (`nvidia-smi` on the node tells; is torch a CUDA build there?):", *short])
+    return ""
 
 
 @dataclass
@@ -110,14 +133,17 @@ class Nodes:
         port: int,
         run_id: str,
         wait: timedelta,
+        gpus: int = 0,
         own: Callable[[], dict[str, Any]] = facts,
     ) -> "Nodes":
-        """Wait for all nodes. Missing when some do not come, UserError when their versions differ.
+        """Wait for all nodes. Missing when some do not come, UserError when their versions differ or GPUs are missing.
 
         head, port: where node 0 is to be found. run_id: the same on all nodes of a job; a node of another job that
-        comes to this port is turned away by it.
+        comes to this port is turned away by it. gpus: that each node has to have.
         """
         if count == 1:
+            if bad := _bad([own()], gpus):
+                raise UserError(bad)
             return cls.alone()
         try:
             store = TCPStore(head, port, None, rank == 0, wait, wait_for_workers=False)
@@ -141,18 +167,17 @@ class Nodes:
                     f"there are {', '.join(sorted(known))}, and port {port} of {head} is where they meet"
                 )
             store.set(f"{run_id}/missing", verdict)
-            different = [] if missing else differences([found for found in there if found is not None])
-            store.set(f"{run_id}/different", "\n".join(different))
+            store.set(f"{run_id}/bad", "" if missing else _bad(there, gpus))
         try:
-            store.wait([f"{run_id}/different"], wait + timedelta(seconds=GATHER_SECONDS))
+            store.wait([f"{run_id}/bad"], wait + timedelta(seconds=GATHER_SECONDS))
             verdict = store.get(f"{run_id}/missing").decode()
-            different = store.get(f"{run_id}/different").decode()
+            bad = store.get(f"{run_id}/bad").decode()
         except RuntimeError as error:
             raise Missing(f"node {rank} ({socket.gethostname()}): no word from node 0 at {head}:{port}") from error
         if verdict:
             raise Missing(verdict)
-        if different:
-            raise UserError(f"the nodes do not run the same software:\n{different}")
+        if bad:
+            raise UserError(bad)
         return nodes
 
     def ready(self, attempt: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from kernels.errors import UserError
 from launch import dataset, handles, job, rundir, schedulers
@@ -90,7 +91,7 @@ def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str,
     there = schedulers.named(kind)
     there.request(made)  # a job that cannot be, or that nobody takes, must not cost the preparation of its data
     if not there.shares_files:
-        return handles.record(kind, there.submit(made), made.run_dir), made.run_dir
+        return _noted(kind, there.submit(made), made.run_dir, console), made.run_dir
     there.reach(made)
     dataset.prepare_missing(console, config)
     run_dir = rundir.create(made.run_dir.parent, made.run_dir.name, latest=False)
@@ -102,8 +103,19 @@ def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str,
     except BaseException:
         shutil.rmtree(run_dir)
         raise
-    rundir.make_latest(run_dir)
-    return handles.record(kind, id, run_dir), run_dir
+    return _noted(kind, id, run_dir, console), run_dir
+
+
+def _noted(kind: str, id: str, run_dir: Path, console: Console) -> str:
+    """The handle of a job that now runs: whatever goes wrong here must not keep it from the user."""
+    try:
+        if run_dir.is_dir():
+            rundir.make_latest(run_dir)
+        handles.record(kind, id, run_dir)
+    except (OSError, RuntimeError) as error:  # such as a home that is read-only, or none
+        text = f"the job was submitted; its handle could not be written down: {error}"
+        console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+    return handles.make(kind, id)
 
 
 def memory_mb(text: str) -> int:

@@ -11,22 +11,34 @@ from launch import follow as following
 from launch import handles, rundir, schedulers
 from launch import job as jobs
 from launch.progress import Display
+from launch.schedulers.base import Forgotten, State
 
+_ENDS = {"finished": State.SUCCEEDED, "failed": State.FAILED, "interrupted": State.CANCELLED}  # of report.json
 CANCEL_SECONDS = 60.0  # for the scheduler to say that the job has ended
 
 
 def status(text: str) -> dict[str, Any]:
     """handle, state, detail (the scheduler's words), run_dir, and of a run folder: status, step, steps_total, ..."""
     job = handles.find(text)
-    there = schedulers.named(job.kind)
-    state = there.status(job.id)
+    state, detail = _state(job, schedulers.named(job.kind))
     return {
         "handle": job.handle,
         "state": str(state),
-        "detail": there.detail(job.id),
+        "detail": detail,
         "run_dir": str(job.run_dir) if job.run_dir else None,
         "progress": progress(job.run_dir) if job.run_dir else None,
     }
+
+
+def _state(job: handles.Submitted, there: Any) -> tuple[State, str]:
+    """The job's state, and the scheduler's words on it. What it has forgotten, the run's report may still tell."""
+    try:
+        return there.status(job.id), there.detail(job.id)
+    except Forgotten:
+        state = _ENDS.get(rundir.report(job.run_dir).get("status")) if job.run_dir else None
+        if state is None:
+            raise
+        return state, f"by the run's report; {job.kind} has forgotten it"
 
 
 def progress(run_dir: Path) -> dict[str, Any]:
@@ -66,7 +78,7 @@ def logs(text: str, *, rank: int | None, follow: bool, wait: Callable[[], None])
     there = schedulers.named(job.kind)
     source = _of_rank(job, rank) if rank is not None else _of_all(job, there)
     while True:
-        last = not follow or there.status(job.id).final
+        last = not follow or _state(job, there)[0].final
         yield from source(last)
         if last:
             return
@@ -77,7 +89,7 @@ def cancel(text: str) -> dict[str, Any]:
     """Stop the job and wait until the scheduler says that it has ended; handle, what it was and is."""
     job = handles.find(text)
     there = schedulers.named(job.kind)
-    was = now = there.status(job.id)
+    was = now = _state(job, there)[0]
     if not was.final:
         there.cancel(job.id)
         deadline = time.monotonic() + CANCEL_SECONDS
@@ -101,7 +113,7 @@ def _of_all(job: handles.Submitted, there: Any) -> Callable[[bool], Iterator[str
 
     def more(last: bool) -> Iterator[str]:
         nonlocal seen
-        own = list(there.logs(job.id))
+        own = list(there.logs(job.id, job.run_dir))
         yield from own[seen:]
         seen = len(own)
         if output:

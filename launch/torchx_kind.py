@@ -7,6 +7,7 @@ gets wrong. pyproject.toml gives the corrected ones to `torchx run` as well.
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kernels import registry
@@ -14,7 +15,7 @@ from kernels.errors import UserError
 from launch import app
 from launch import job as jobs
 from launch.job import Job
-from launch.schedulers.base import State
+from launch.schedulers.base import Forgotten, State
 
 SESSION = "tablemesh"
 
@@ -79,7 +80,7 @@ class TorchxKind:
             AppState.RUNNING: State.RUNNING,
         }
         if found is None:
-            raise UserError(f"{self.name} knows no job {id}")
+            raise Forgotten(f"{self.name} knows no job {id}")
         return names.get(found.state, State.WAITING)
 
     def detail(self, id: str) -> str:
@@ -87,7 +88,7 @@ class TorchxKind:
         found = self._backend().describe(id)
         return (found.msg if found else "").strip()
 
-    def logs(self, id: str) -> Iterator[str]:
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
         found = self._backend().describe(id)
         replicas = next((role.num_replicas for role in found.roles), 1) if found else 1
         for node in range(replicas):

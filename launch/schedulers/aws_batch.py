@@ -1,10 +1,13 @@
 """AWS Batch through TorchX's own scheduler: the request for a multi-node parallel job, printed and not sent."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
 from launch import job as jobs
 from launch.job import Job
+from launch.schedulers.base import State
 from launch.torchx_kind import TorchxKind
 
 
@@ -34,3 +37,9 @@ class Scheduler(TorchxKind):
             "--on aws_batch: nothing is sent from here, since it could not be tried; --dry-run prints the job "
             "definition for `aws batch register-job-definition`"
         )
+
+    def status(self, id: str) -> State:
+        raise UserError(f"aws_batch: {id} was not sent from here; `aws batch describe-jobs` tells of it")
+
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
+        raise UserError(f"aws_batch: {id} was not sent from here; its output is in CloudWatch, under /aws/batch/job")

@@ -14,8 +14,10 @@ Whatever goes wrong is a UserError with the scheduler's own words and a way out,
 
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
+from kernels.errors import UserError
 from launch.job import Job
 
 
@@ -31,6 +33,10 @@ class State(StrEnum):
         return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
+class Forgotten(UserError):
+    """The scheduler knows no such job, or no longer."""
+
+
 class Scheduler(Protocol):
     shares_files: bool  # the nodes see the run folder and the data at the paths they have here
 
@@ -44,13 +50,16 @@ class Scheduler(Protocol):
         """Start the job and return its id at once. UserError when this machine lacks what the kind needs."""
 
     def status(self, id: str) -> State:
-        """The job's state now; UserError for an id that it does not know."""
+        """The job's state now; Forgotten for an id that it does not know."""
 
     def detail(self, id: str) -> str:
         """The scheduler's own words on that state: why it waits, on which nodes it runs; "" for none."""
 
-    def logs(self, id: str) -> Iterator[str]:
-        """What the job's agents, not its ranks, have printed so far, line by line."""
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
+        """What the job's agents, not its ranks, have printed so far, line by line.
+
+        run_dir: the job's, where this machine sees it.
+        """
 
     def cancel(self, id: str) -> None:
         """Stop the job: SIGTERM to every rank, time to save (`job.grace` seconds), then SIGKILL.

@@ -6,6 +6,7 @@ container cannot be; processes run as the user, so that the run folder stays the
 passes signals on; shared memory is 1 GB where no memory limit says otherwise; and a cancelled job has time to save.
 """
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -61,10 +62,13 @@ class Docker(DockerScheduler):
             for container in job.containers:
                 started.append(client.containers.create(container.image, container.command, **container.kwargs))
                 started[-1].start()
-        except docker.errors.APIError as error:
-            for container in started:
-                container.remove(force=True)
-            raise UserError(f"docker: {error.explanation}") from error
+        except BaseException as error:  # Ctrl-C, too, and a daemon that has gone
+            with contextlib.suppress(docker.errors.DockerException, OSError):
+                for container in started:
+                    container.remove(force=True)
+            if isinstance(error, docker.errors.APIError):
+                raise UserError(f"docker: {error.explanation}") from error
+            raise
         return job.app_id
 
     def find(self, image: str) -> None:

@@ -14,8 +14,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from torchx.schedulers.api import DescribeAppResponse
 from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler, sanitize_for_serialization
 from torchx.specs import AppDef, AppDryRunInfo, runopts
 
@@ -47,6 +49,11 @@ class Kubernetes(KubernetesScheduler):
             kind: Any = {"node_selector": dict[str, str], "tolerate": list[str]}.get(name, str)
             opts.add(name, type_=kind, default=None, help=text)
         return opts
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        if app_id.count(":") != 1:
+            raise UserError(f"{app_id!r}: kubernetes' jobs are called NAMESPACE:NAME, as in default:quickstart-abc")
+        return super().describe(app_id)
 
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo[KubernetesJob]:
         made = super()._submit_dryrun(app, cfg).request
@@ -133,9 +140,9 @@ class Scheduler(TorchxKind):
         with _words_of_the_cluster():
             return super().detail(id)
 
-    def logs(self, id: str) -> Iterator[str]:
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
         with _words_of_the_cluster():
-            yield from super().logs(id)
+            yield from super().logs(id, run_dir)
 
     def cancel(self, id: str) -> None:
         with _words_of_the_cluster():

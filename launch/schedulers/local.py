@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
-from launch import rundir
+from launch import gpu, rundir
 from launch.job import Job
 from launch.schedulers.base import State
 
@@ -49,7 +49,12 @@ class Scheduler:
         )
 
     def reach(self, job: Job) -> None:
-        """This machine is here."""
+        """UserError when this machine has not the GPUs that are asked for."""
+        if job.place.gpus > (found := len(gpu.bus_ids())):
+            raise UserError(
+                f"--gpus-per-node {job.place.gpus}: this machine has {found} GPUs (`nvidia-smi` lists them); "
+                "without --gpus-per-node a run takes those that are there, or the CPU"
+            )
 
     def submit(self, job: Job) -> str:
         _check(job)
@@ -93,7 +98,7 @@ class Scheduler:
         process = _process(Path(id))
         return f"process {process}" if process else ""
 
-    def logs(self, id: str) -> Iterator[str]:
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
         if self._runner is None:
             with contextlib.suppress(FileNotFoundError):
                 yield from _output(Path(id)).read_text(errors="replace").splitlines()
@@ -131,6 +136,8 @@ def _check(job: Job) -> None:
         raise UserError(f"--option {next(iter(place.options))}: --on local has no options")
     if place.time_minutes:
         raise UserError("--time: --on local has no time limit")
+    if place.memory_mb:
+        raise UserError("--memory: --on local takes what this machine has; --on docker sets a limit")
 
 
 def _node_args(job: Job) -> list[str]:

@@ -3,8 +3,8 @@
 Why not TorchX 0.7.0's own: it makes one heterogeneous job of N parts out of N nodes, which lists as several jobs; its
 request has no signal before the time limit and writes its logs to the working directory; the first node's *name* is the
 meeting point, resolvable or not; and its status needs slurmdbd and fails on "CANCELLED by 0". Here a job is one batch
-script with one task a node, that a plain `sbatch` could take, and the states come from squeue, from sacct where there
-is accounting, and from scontrol where there is none.
+script with one task a node, that a plain `sbatch` could take, and the states come from squeue and, where there is
+accounting, from sacct.
 """
 
 import re
@@ -23,7 +23,7 @@ from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus, macr
 from kernels.errors import UserError
 from launch import app as apps
 from launch.job import Job
-from launch.schedulers.base import State
+from launch.schedulers.base import Forgotten, State
 from launch.torchx_kind import TorchxKind
 
 # https://slurm.schedmd.com/squeue.html, "JOB STATE CODES"
@@ -36,6 +36,7 @@ STATES = {
     **dict.fromkeys(("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"), State.FAILED),
     **dict.fromkeys(("PREEMPTED", "REVOKED", "TIMEOUT"), State.FAILED),
 }
+LOG = "slurm-%j.log"
 _TORCHX_STATES = {
     State.WAITING: AppState.PENDING,
     State.RUNNING: AppState.RUNNING,
@@ -52,20 +53,24 @@ SBATCH_OPTIONS = {
     "gres": "generic resources of each node, where gpus-per-node is not what the cluster knows",
 }
 
+EARLY_SECONDS = 60  # that Slurm may send its signal before the time asked for (sbatch(1), --signal)
+SRUN = ("--kill-on-bad-exit=0", "--wait=60", "--unbuffered")
 _SCRIPT = """\
 #!/bin/bash
 {directives}
 set -uo pipefail
 
 {exports}
-# The nodes meet at the first one's address (its name need not resolve), at a port of this job's own.
+# The nodes meet at the first one's address (its name need not resolve), at a port of this job's own; each attempt to
+# run takes another one, of at most ten (preflight, first run, 8 restarts).
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 TABLEMESH_HEAD=$(scontrol --oneliner show node "$head" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 export TABLEMESH_HEAD=${{TABLEMESH_HEAD:-$head}}
-export TABLEMESH_PORT=$((20000 + SLURM_JOB_ID % 1000 * 10))
+export TABLEMESH_PORT=$((20000 + SLURM_JOB_ID % 900 * 11))
 
-# Every node ends by itself, when it has saved; 60 s after the first one the rest is killed.
-srun --kill-on-bad-exit=0 --wait=60 --unbuffered \\
+# Every node ends by itself, when it has saved; 60 s after the first one the rest is killed. Since Slurm 22.05 srun does
+# not take over --cpus-per-task.
+srun {options} \\
   {command}
 code=$?
 echo "run ${{SLURM_RESTART_COUNT:-0}} ended with exit code $code" >&2
@@ -83,13 +88,15 @@ class Script:
     directives: list[str]
     env: dict[str, str]
     command: list[str]
+    srun: list[str] = field(default_factory=list)  # options besides SRUN
     sbatch: list[str] = field(default_factory=lambda: ["sbatch", "--parsable"])
     run_dir: str | None = None
 
     def text(self) -> str:
         return _SCRIPT.format(
-            directives="\n".join(f"#SBATCH --{line}" for line in self.directives),
+            directives="\n".join(f"#SBATCH {shlex.quote(f'--{line}')}" for line in self.directives),
             exports="\n".join(f"export {key}={_quoted(value)}" for key, value in sorted(self.env.items())) + "\n",
+            options=" ".join([*SRUN, *self.srun]),
             command=" ".join(shlex.quote(word) for word in self.command),
         )
 
@@ -101,7 +108,10 @@ class Slurm(SlurmScheduler):
     """TorchX's `slurm`, as `torchx run` gets it too."""
 
     def _run_opts(self) -> runopts:
-        opts = super()._run_opts()
+        opts = runopts()
+        for name, option in super()._run_opts():
+            if name != "job_dir":  # where TorchX would put its script, which needs no file here
+                opts.add(name, type_=option.opt_type, default=option.default, help=option.help)
         for name, text in SBATCH_OPTIONS.items():
             opts.add(name, type_=str, default=None, help=text)
         return opts
@@ -125,13 +135,19 @@ class Slurm(SlurmScheduler):
             *([f"cpus-per-task={resource.cpu}"] if resource.cpu > 0 else []),
             *([f"mem={resource.memMB}M"] if resource.memMB > 0 else []),
             *([f"gpus-per-node={resource.gpu}"] if resource.gpu > 0 else []),
-            *(f"{key}={value}" for key, value in cfg.items() if value is not None and key != "job_dir"),
+            *(f"{key}={value}" for key, value in cfg.items() if value is not None),
             "requeue",  # after the loss of a node, too
             "open-mode=append",
-            f"output={logs}/slurm-%j.log",
+            f"output={logs}/{LOG}",
             f"signal=USR1@{apps.CHECKPOINT_SECONDS}",  # so long before the time limit: save, and be queued again
         ]
-        script = Script(directives=lines, env=dict(role.env), command=[role.entrypoint, *role.args], run_dir=run_dir)
+        script = Script(
+            directives=lines,
+            env=dict(role.env),
+            command=[role.entrypoint, *role.args],
+            srun=[f"--cpus-per-task={resource.cpu}"] if resource.cpu > 0 else [],
+            run_dir=run_dir,
+        )
         return AppDryRunInfo(script, repr)
 
     def schedule(self, dryrun_info: AppDryRunInfo[Script]) -> str:
@@ -176,7 +192,7 @@ class Slurm(SlurmScheduler):
         """The batch script's output, which holds the nodes' too; TorchX's name for a stream is not looked at."""
         path = log_file(app_id)
         if path is None:
-            raise UserError(f"slurm has forgotten where job {app_id} writes; see logs/ in its run folder")
+            raise Forgotten(f"slurm has forgotten job {app_id}, and where it writes; see logs/ in its run folder")
         if path.exists():
             yield from path.read_text(errors="replace").splitlines()
 
@@ -199,6 +215,11 @@ class Scheduler(TorchxKind):
             raise UserError("--image: slurm runs what is installed on its nodes, not images; leave it out")
         if job.place.mounts:
             raise UserError("--mount: slurm starts no containers; its nodes see the folders that they share")
+        if job.place.time_minutes and job.place.time_minutes * 60 <= apps.CHECKPOINT_SECONDS + EARLY_SECONDS:
+            raise UserError(
+                f"--time {job.place.time_minutes}m: {apps.CHECKPOINT_SECONDS} s before the limit, or up to "
+                f"{EARLY_SECONDS} s earlier, the job saves and is queued again; it needs more time than that"
+            )
 
     def options(self, job: Job) -> dict[str, Any]:
         limit = {"time": str(job.place.time_minutes)} if job.place.time_minutes else {}
@@ -207,8 +228,13 @@ class Scheduler(TorchxKind):
     def reach(self, job: Job) -> None:
         _call(["sinfo", "--noheader"])
 
-    def logs(self, id: str) -> Iterator[str]:
-        yield from self._backend().log_iter(id, apps.ROLE)
+    def logs(self, id: str, run_dir: Path | None) -> Iterator[str]:
+        """From the run folder, too, when Slurm has forgotten the job, which it does minutes after the end."""
+        path = run_dir / "logs" / LOG.replace("%j", id) if run_dir else None
+        if path is not None and path.exists():
+            yield from path.read_text(errors="replace").splitlines()
+        else:
+            yield from self._backend().log_iter(id, apps.ROLE)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,9 @@ def test_compose_accepts_it():
     words = containers.compose()
     if words is None:
         pytest.skip("neither docker-compose nor `docker compose` is installed")
-    words += ["-f", str(ROOT / "docker/compose.yaml"), "config", "--quiet"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words += ["-f", str(ROOT / "docker/compose.yaml")]
+    for more in ([], ["-f", str(ROOT / "docker/compose.cuda.yaml")]):
+        done = subprocess.run([*words, *more, "config"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        train = yaml.safe_load(done.stdout)["services"]["train"]
+        assert train["command"][:2] == ["tablemesh", "train"] and ("deploy" in train) == bool(more)

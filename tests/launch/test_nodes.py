@@ -25,7 +25,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def meet(ranks, *, count, seconds=60.0, own=roll_call.facts):
+def meet(ranks, *, count, seconds=60.0, gpus=0, own=roll_call.facts):
     """What each of these nodes gets: Nodes, or the exception."""
     port, found = free_port(), {}
 
@@ -38,6 +38,7 @@ def meet(ranks, *, count, seconds=60.0, own=roll_call.facts):
                 port=port,
                 run_id="a",
                 wait=timedelta(seconds=seconds),
+                gpus=gpus,
                 own=lambda: own() | {"rank": rank},
             )
         except (roll_call.Missing, UserError) as error:
@@ -84,6 +85,19 @@ def test_other_versions_are_named():
 
     found = meet([0, 1], count=2, own=own)
     assert all(isinstance(error, UserError) and "torch is 2." in str(error) for error in found.values())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nodes_without_the_gpus_that_are_asked_for_are_named(count):
+    def own():
+        return {"host": "h", "versions": {}, "gpus": 1}
+
+    ranks = list(range(count))
+    assert all(isinstance(found, roll_call.Nodes) for found in meet(ranks, count=count, gpus=1, own=own).values())
+    for error in meet(ranks, count=count, gpus=2, own=own).values():
+        said = [line for line in str(error).splitlines() if line.startswith("node ")]
+        assert isinstance(error, UserError) and len(said) == count
+        assert said[-1] == f"node {count - 1} (h): torch sees 1 GPUs, and the job asks for 2 on each node"
 
 
 def start_nodes(tmp_path, *words, env=None):

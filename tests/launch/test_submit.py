@@ -94,8 +94,12 @@ def test_the_pods_are_valid_for_kubernetes(command, config, fixed):
     [
         (("--on", "slrum"), "did you mean 'slurm'?"),
         (("--on", "slurm", "--option", "partion=x"), "did you mean 'partition'?"),
+        (("--on", "slurm", "--option", "job_dir=x"), "slurm has no such option"),
+        (("--on", "os.path"), "has no class Scheduler"),
         (("--on", "slurm", "--image", "x"), "leave it out"),
         (("--on", "local", "--nodes", "2"), "--on local is this machine alone"),
+        (("--on", "local", "--memory", "8G"), "--on local takes what this machine has"),
+        (("--on", "local", "--nproc", "2", "--gpus-per-node", "64"), "--gpus-per-node 64: this machine has"),
         (("--on", "docker"), "name its image with --image"),
         (("--on", "kubernetes", "--image", "x"), "--mount CLAIM:/workspace"),
         (("--on", "aws_batch", "--image", "x"), "--memory 60G"),
@@ -103,6 +107,7 @@ def test_the_pods_are_valid_for_kubernetes(command, config, fixed):
         (("--on", "slurm", "--gpus-per-node", "1", "--nproc", "2"), "more ranks than the 1 GPUs"),
         (("--on", "slurm", "--memory", "much"), "write it as 60G"),
         (("--on", "slurm", "--time", "soon"), "write it as 45m"),
+        (("--on", "slurm", "--time", "3m"), "it needs more time than that"),
         (("--on", "slurm", "--env", "A"), "write it as --env NAME=VALUE"),
         (("--on", "docker", "--image", "x", "--mount", "x"), "write it as FOLDER_OR_VOLUME:/FOLDER/INSIDE"),
         (("--on", "docker", "--image", "x", "--option", "privileged=perhaps"), "true or false"),
@@ -140,6 +145,44 @@ def test_a_job_that_slurm_refuses_leaves_everything_as_it_was(command, config, t
     program(tmp_path, "sbatch", "echo 7")
     assert command("submit", config, "--on", "slurm")[1].splitlines()[-1] == "slurm://tablemesh/7"
     assert os.readlink(tmp_path / "runs/latest") == "quickstart"
+
+
+def test_a_job_that_runs_is_told_even_where_its_handle_cannot_be_noted(command, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "config.toml"))  # which is no folder
+    program(tmp_path, "sinfo", "")
+    program(tmp_path, "sbatch", "echo 7")
+    code, out, _ = command("submit", config, "--on", "slurm")
+    assert code == 0 and "warning: the job was submitted; its handle could not be written down" in out
+    assert out.splitlines()[-1] == "slurm://tablemesh/7"
+
+
+def test_a_job_that_slurm_has_forgotten(command, config, tmp_path, monkeypatch):
+    """Minutes after its end, without accounting: the run folder still tells how it ended and what it printed."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    program(tmp_path, "sinfo", "")
+    program(tmp_path, "sbatch", "echo 7")
+    for name in ("squeue", "sacct", "scontrol"):
+        program(tmp_path, name, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    command("submit", config, "--on", "slurm")
+    run = tmp_path / "runs/quickstart"
+    for words in (("status", run), ("logs", run), ("logs", run, "--follow"), ("cancel", run)):
+        code, _, err = command(*words)
+        assert code == 2 and ("slurm knows no job 7" in err or "slurm has forgotten job 7" in err), words
+    (run / "report.json").write_text('{"status": "finished"}')
+    (run / "logs/slurm-7.log").write_text("run 0 ended with exit code 0\n")
+    assert "succeeded: by the run's report; slurm has forgotten it" in command("status", run)[1]
+    for words in (("logs", "slurm://tablemesh/7"), ("logs", run, "--follow")):
+        assert command(*words)[:2] == (0, "run 0 ended with exit code 0\n")
+    assert "succeeded, now succeeded" in command("cancel", run)[1]
+
+
+def test_what_a_slurm_script_says(command, config, monkeypatch):
+    """Words with spaces stay one option; threads are counted on the node unless --cpus says how many CPUs it has."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = command("submit", config, "--on", "slurm", "--option", "comment=two words", "--dry-run")[1]
+    assert "\n#SBATCH '--comment=two words'\n" in script
+    assert "OMP_NUM_THREADS" not in script and "cpus-per-task=" not in script
 
 
 def test_a_job_of_torchx_run_that_slurm_refuses_leaves_no_folder(tmp_path, monkeypatch):
@@ -181,6 +224,8 @@ def test_handles_that_are_none(words, command, tmp_path):
     code, _, err = command(*words, "slrum://tablemesh/1")
     assert code == 2 and "did you mean 'slurm'?" in err
     assert "is not a handle" in command(*words, "slurm://")[2]
+    assert "are called NAMESPACE:NAME" in command(*words, "kubernetes://tablemesh/x")[2]
+    assert "x was not sent from here" in command(*words, "aws_batch://tablemesh/x")[2]
 
 
 def test_sizes_times_and_mounts():
@@ -247,6 +292,49 @@ def test_a_failure_starts_again_and_then_is_told(command, config, tmp_path):
     assert found["progress"]["status"] == "failed"
     log = (run / "logs/node.log").read_text()
     assert log.count("starting again from the newest checkpoint") == 1 and "error: " in log
+
+
+def test_containers_that_started_go_when_a_later_one_cannot(monkeypatch):
+    """Whatever the reason, such as a daemon that has gone."""
+    from types import SimpleNamespace
+
+    from torchx.specs import AppDryRunInfo
+
+    from launch.schedulers import docker
+
+    left = []
+
+    class Container:
+        def start(self):
+            left.append(self)
+            if len(left) == 2:
+                raise ConnectionError("gone")
+
+        def remove(self, force):
+            left.remove(self)
+
+    client = SimpleNamespace(containers=SimpleNamespace(create=lambda *words, **options: Container()))
+    monkeypatch.setattr(docker, "daemon", lambda scheduler: client)
+    monkeypatch.setattr(docker, "ensure_network", lambda client: None)
+    monkeypatch.setattr(docker.Docker, "find", lambda self, image: None)
+    containers = [SimpleNamespace(image="x", command=[], kwargs={}) for _ in range(3)]
+    with pytest.raises(ConnectionError):
+        docker.Docker("x").schedule(AppDryRunInfo(docker.Request("a", containers), repr))
+    assert not left
+
+
+@pytest.mark.parametrize("program", ["true", "false"])
+def test_success_is_written_for_success_alone(program, tmp_path):
+    from torchx import specs
+
+    from launch import torchx_local
+
+    scheduler = torchx_local.create_scheduler("x")
+    role = specs.Role(name="a", image="", entrypoint=program)
+    id = scheduler.submit(specs.AppDef(name="a", roles=[role]), {"log_dir": str(tmp_path)})
+    while not specs.is_terminal(scheduler.describe(id).state):
+        time.sleep(0.02)
+    assert bool(list(tmp_path.rglob("SUCCESS"))) == (program == "true")
 
 
 def torchx(tmp_path, *words):
