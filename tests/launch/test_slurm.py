@@ -138,7 +138,8 @@ def test_a_time_limit_saves_and_queues_again(command, cluster, tmp_path, data):
     saved = max((int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")), default=0)
     small.until(command, handle, lambda found: (found["progress"]["step"] or 0) > saved + 20, "the run going on")
     assert command("cancel", handle)["state"] == "cancelled"
-    steps = [json.loads(line)["step"] for line in open(run / "metrics.jsonl") if '"train"' in line]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if '"train"' in line]
     assert steps == sorted(steps) and len(set(steps)) == len(steps), "no step twice: it went on from where it had saved"
 
 
