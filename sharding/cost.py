@@ -324,7 +324,10 @@ class _Pricer:
             starts = np.minimum(np.arange(kind.row_parts) * block[:, None], self.rows[:, None])
             rows = np.minimum(block[:, None], self.rows[:, None] - starts)
             valid &= (rows > 0).all(1)
+            if alike := not any(s.ordered for s in self.skews) and kind.row_parts > 2:  # all parts but the last
+                shares, distinct, rows = (array[:, [0, -1]] for array in (shares, distinct, rows))
         else:
+            alike = False
             shares, distinct, rows = (np.ones((len(self.rows), 1)), self.distinct[:, None], self.rows[:, None])
         c, row = columns[:, None], (self.element * columns + self.scale)[:, None]  # columns and bytes of a part's row
         state = self.state_row[:, None] + c * self.state_column[:, None]
@@ -360,6 +363,9 @@ class _Pricer:
             device[5] = kind.cache_share * rows * (row + state + CACHE_ROW_BYTES)
         away = (self.world - 1) / self.world
         volume = np.stack([(ID * ids + LENGTH * bags) * away, vectors * away, np.zeros_like(ids)])
+        if alike:
+            at = np.repeat([0, 1], [kind.row_parts - 1, 1])
+            seconds, device, host, volume = (array[:, :, at] for array in (seconds, device, host, volume))
         return KindPrices(kind, valid, seconds, device, host, volume)
 
     def _shares(self, parts: int) -> tuple[np.ndarray, np.ndarray]:

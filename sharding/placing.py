@@ -278,7 +278,7 @@ def _fill(sizes: Sequence[int], counts: Sequence[int], capacities: Sequence[int]
     sizes: the largest first.  capacities: of every rank.
     sizes 5 3 2, counts 1 2 1, capacities 7 3 3: the first rank takes 5 and 2, the others a 3 each.
     """
-    left = list(counts)
+    sizes_I, left_I = np.array(sizes, dtype=np.int64), np.array(counts, dtype=np.int64)
     found: list[list[int]] = [[] for _ in sizes]
     by_capacity: dict[int, list[int]] = {}
     for rank in sorted(range(len(capacities)), key=lambda r: (capacities[r], r)):
@@ -286,39 +286,43 @@ def _fill(sizes: Sequence[int], counts: Sequence[int], capacities: Sequence[int]
     ranks_left = len(capacities)
     for capacity, ranks in by_capacity.items():  # the fullest ranks first: little fits there
         while ranks:
-            taken = _nearest(sizes, left, capacity, ranks_left)
+            taken = _nearest(sizes_I, left_I, capacity, ranks_left)
             if taken is None:
                 return None
             # As many ranks alike as there are parts of all of these; not so many that another part must stand on one.
-            spare = min((ranks_left - n for i, n in enumerate(left) if n and i not in taken), default=ranks_left)
-            alike = max(1, min([len(ranks), spare, *(left[i] for i in taken)]))
+            others = left_I > 0
+            others[taken] = False
+            spare = ranks_left - int(left_I[others].max(initial=0))
+            alike = max(1, min([len(ranks), spare, *left_I[taken].tolist()]))
+            left_I[taken] -= alike
             for i in taken:
-                left[i] -= alike
                 found[i] += ranks[:alike]
             ranks_left -= alike
             del ranks[:alike]
-    return None if any(left) else [tuple(sorted(ranks)) for ranks in found]
+    return None if left_I.any() else [tuple(sorted(ranks)) for ranks in found]
 
 
-def _nearest(sizes: Sequence[int], left: Sequence[int], capacity: int, ranks_left: int) -> set[int] | None:
+def _nearest(sizes_I: np.ndarray, left_I: np.ndarray, capacity: int, ranks_left: int) -> list[int] | None:
     """Items for a rank: those that have as many parts left as there are ranks, the largest that fits, and of the others
     the set whose sizes sum to the most that still fits.  None where the first do not fit."""
-    taken = {i for i, n in enumerate(left) if n >= ranks_left}
-    room = capacity - sum(sizes[i] for i in taken)
+    free = left_I < ranks_left
+    taken = np.flatnonzero(~free).tolist()
+    room = capacity - int(sizes_I[~free].sum())
     if room < 0:
         return None
-    fitting = [i for i, n in enumerate(left) if n and i not in taken and sizes[i] <= room]
-    if fitting and not taken:
-        taken.add(fitting[0])
-        room -= sizes[fitting[0]]
-        fitting = [i for i in fitting[1:] if sizes[i] <= room]
+    fitting_F = np.flatnonzero(free & (left_I > 0) & (sizes_I <= room))
+    if len(fitting_F) and not taken:
+        taken.append(int(fitting_F[0]))
+        room -= int(sizes_I[taken[0]])
+        fitting_F = fitting_F[1:][sizes_I[fitting_F[1:]] <= room]
+    fitting = list(zip(fitting_F.tolist(), sizes_I[fitting_F].tolist(), strict=True))
     mask, reached, sums = (1 << (room + 1)) - 1, 1, []
-    for i in reversed(fitting):  # the smallest first, so that going back the largest are preferred
+    for _, size in reversed(fitting):  # the smallest first, so that going back the largest are preferred
         sums.append(reached)
-        reached |= (reached << sizes[i]) & mask
+        reached |= (reached << size) & mask
     at = reached.bit_length() - 1
-    for i, before in zip(fitting, reversed(sums), strict=True):
-        if sizes[i] <= at and before >> (at - sizes[i]) & 1:
-            taken.add(i)
-            at -= sizes[i]
+    for (i, size), before in zip(fitting, reversed(sums), strict=True):
+        if size <= at and before >> (at - size) & 1:
+            taken.append(i)
+            at -= size
     return taken
