@@ -8,6 +8,7 @@ from torch import nn
 
 from kernels.errors import UserError
 from sharding import topology
+from sharding.cost import RUNTIME_BYTES
 from sharding.embeddings import build_embeddings
 from sharding.plan import embeddings_of, has_fused_tables, plan_task, work_of
 from sharding.planner import Limits
@@ -122,7 +123,7 @@ def test_what_does_not_fit_is_refused_by_name(tables, world, local, words):
 
 
 def test_tables_too_large_for_the_memory_are_refused_with_sizes(monkeypatch):
-    monkeypatch.setattr(topology, "host_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(topology, "host_memory_bytes", lambda: int(1.42 * 2**30))
     with pytest.raises(UserError) as error:
         plan_of(table("table_wise", rows=20_000_000, name="huge"), table("table_wise"), world=2)
     message = str(error.value)
@@ -193,6 +194,6 @@ def test_id_maps_and_filters_are_priced_and_limited(sharding):
     task = Task(given)
     cluster = topology.detect(world_size=1, local_world_size=1, device="cpu")
     work = work_of(embeddings_of(task), batch_size=64)
-    room = int(0.4 * 2**30) + 500_000  # for rows and map, not for the filter
+    room = int(RUNTIME_BYTES["cpu"]) + 500_000  # for rows and map, not for the filter
     with pytest.raises(UserError, match=r"'t'.*short by"):
         plan_task(task, work, cluster, limits=Limits(device=room))
