@@ -232,7 +232,7 @@ def delta(side: Side, workload: Workload, place: Place) -> list[Row]:
     counting = UpdateCounts(pipeline.dmp.module)
     counts = [timed(lambda: [counting.count(k, *inputs[id(k)][:1]) for k in kernels]).seconds for _ in range(5 * STEPS)]
     exact = all(
-        int(counts_E.count_nonzero()) == len(inputs[id(k)][0][k.feature_names()[f]].values().unique())
+        int(counts_E.count_nonzero()) == len(inputs[id(k)][0][k.config.feature_names()[f]].values().unique())
         and int(counts_E.max()) == 5 * STEPS
         for k in kernels
         for f, counts_E in counts_of(k).items()

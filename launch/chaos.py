@@ -23,7 +23,7 @@ from launch.schedulers.base import Scheduler
 from trainer import rowlog
 from trainer.config import Config
 from trainer.data.parquet import open_dataset
-from trainer.faults import HANG, Fault
+from trainer.faults import HANG, Fault, due_of
 
 DURING = {"data": ("data",), "step": ("forward", "backward", "optimizer"), "eval": ("eval",), "save": ("save",)}
 SAVING = ("TERM", "USR1")  # signals after which the run saves itself and ends with exit code 75
@@ -31,7 +31,7 @@ HANGING = ("STOP", HANG)  # after which the watching threads have to notice
 SIGNALS = ("KILL", "SEGV", "ABRT", *SAVING, *HANGING)
 # Of numbers that more or fewer ranks add up in another order; relative to the largest number of the tensor.
 WORLD_TOLERANCE = 1e-3
-
+IDLE_RUNS = 5  # of a soak, one after the other, in which no rank was struck: the run is too short
 _ORDER = ("data", "forward", "backward", "optimizer", "eval", "save")  # within a step
 _HANG = {"hang_seconds": 10, "timeout_seconds": 60}  # of runs whose ranks are made to hang
 
@@ -62,7 +62,7 @@ class Worlds:
 class Outcome:
     """What one disturbed run came to."""
 
-    kills: list[dict[str, Any]]  # the faults, with "struck": "PHASE STEP" or null
+    kills: list[dict[str, Any]]  # the faults, with "struck" and "due": "PHASE STEP" or null
     run_dir: Path
     restarts: int = 0
     rows: int = 0  # counted, over all steps
@@ -83,14 +83,50 @@ class Outcome:
         return asdict(self) | {"run_dir": str(self.run_dir), "ok": self.ok}
 
 
+def check_options(
+    config: Config,
+    worlds: Worlds,
+    *,
+    signal: str,
+    during: str | None = None,
+    kill_at: int | None = None,
+    rank: int | None = None,
+    kills: int | None = None,
+    each: int | None = None,
+) -> None:
+    """UserError for what can be known to be wrong before anything is trained."""
+    if signal not in SIGNALS:
+        raise UserError(f"--signal {signal}: it can be {', '.join(SIGNALS)}")
+    if during is not None and during not in DURING:
+        raise UserError(f"--during {during}: it can be {', '.join(DURING)}")
+    if rank is not None and not 0 <= rank < worlds.before:
+        raise UserError(f"--rank {rank}: there are the ranks 0 to {worlds.before - 1}")
+    for size in (worlds.before, worlds.after):
+        config.check_world_size(size)
+    if kills is None:
+        if each is not None:
+            raise UserError(f"--each {each}: is for --soak N, which strikes more than once")
+        return
+    drawn = {"--kill-at": kill_at, "--during": during, "--rank": rank}
+    if given := [option for option, value in drawn.items() if value is not None]:
+        raise UserError(f"--soak draws the points by --seed; leave {' and '.join(given)} out")
+    if each is not None and each > 1 and goes_on_by_hand(worlds, signal):
+        why = f"--signal {signal}" if signal in SAVING else "another --world"
+        raise UserError(
+            f"--each {each}: with {why} a run is struck once and goes on by --resume auto; leave --each out"
+        )
+
+
+def goes_on_by_hand(worlds: Worlds, signal: str) -> bool:
+    """Whether the struck run goes on by a second `--resume auto`, and not by a restart of its ranks."""
+    return worlds.change or signal in SAVING
+
+
 class Chaos:
     """One config, trained undisturbed once and disturbed as often as asked for."""
 
     def __init__(self, config: Config, worlds: Worlds, scheduler: Scheduler, display: Display, *, signal: str) -> None:
-        if signal not in SIGNALS:
-            raise UserError(f"--signal {signal}: it can be {', '.join(SIGNALS)}")
-        for size in (worlds.before, worlds.after):
-            config.check_world_size(size)
+        check_options(config, worlds, signal=signal)
         self.worlds, self.signal = worlds, signal
         self._scheduler, self._display = scheduler, display
         self.config = _with_checkpoints(config, display)
@@ -105,12 +141,8 @@ class Chaos:
 
     def fault(self, *, step: int, during: str, rng: random.Random, rank: int | None = None) -> Fault:
         """A fault at a random moment of the phase, and, where it is not given, of a random rank."""
-        if during not in DURING:
-            raise UserError(f"--during {during}: it can be {', '.join(DURING)}")
         if not 1 <= step <= self.steps:
             raise UserError(f"--kill-at {step}: the run has the steps 1 to {self.steps}")
-        if rank is not None and not 0 <= rank < self.worlds.before:
-            raise UserError(f"--rank {rank}: there are the ranks 0 to {self.worlds.before - 1}")
         if during == "eval" and not any(event["event"] == "eval" for event in self._events):
             raise UserError("--during eval: the config evaluates nothing; the data has no valid or test split")
         phase = rng.choice(DURING[during])
@@ -127,15 +159,15 @@ class Chaos:
         """Train with these faults, one for each attempt, and compare."""
         run_dir = self._start("disturbed")
         outcome = Outcome(kills=[], run_dir=run_dir)
-        by_hand = self.worlds.change or self.signal in SAVING
+        by_hand = goes_on_by_hand(self.worlds, self.signal)
         failure = self._train(run_dir, self.worlds.before, faults, 0 if by_hand else len(faults), start=0)
         start = 0
         while by_hand and failure is not None and start < len(faults):
             start += 1
             failure = self._train(run_dir, self.worlds.after, faults[start:], 0, start=start)
         for number, fault in enumerate(faults):
-            struck = _text(run_dir / (f"rows/{number}.fault_0" if by_hand else f"rows/0.fault_{number}"))
-            outcome.kills.append(asdict(fault) | {"struck": struck})
+            note = run_dir / (f"rows/{number}.fault_0" if by_hand else f"rows/0.fault_{number}")
+            outcome.kills.append(asdict(fault) | {"struck": _text(note), "due": _text(due_of(note))})
         restarts = [event for event in _events(run_dir) if event["event"] == "restart"]
         outcome.details = [event["message"] for event in restarts]
         outcome.restarts = start if by_hand else len(restarts)
@@ -210,25 +242,52 @@ class Chaos:
         if outcome.ok and samples != self.report["samples_seen"]:
             outcome.difference = f"samples seen: {self.report['samples_seen']} undisturbed, {samples} disturbed"
         if outcome.ok:
+            from launch.chaos_compare import compare  # with torch, which the command line does without otherwise
+            from trainer.checkpoint import restore
+
             tolerance = WORLD_TOLERANCE if self.worlds.change else 0.0
-            _compare_tensors(self.undisturbed, run_dir, self.config, outcome, tolerance)
+            where = self.config.checkpoint.dir
+            chains = [restore.newest(restore.place_of(folder, where)) for folder in (self.undisturbed, run_dir)]
+            same = compare(*chains, tolerance=tolerance)
+            outcome.identical, outcome.largest_difference = same.identical, same.largest
+            outcome.difference = same.difference
 
 
-def soak(chaos: Chaos, kills: int, *, seed: int, each: int, note: Callable[[Outcome, int], None]) -> list[Outcome]:
+def why_not_struck(outcome: Outcome, step: int, during: str) -> str:
+    """Of a run with one fault, which was not delivered."""
+    (kill,) = outcome.kills
+    if kill["due"] is None:
+        return f"--kill-at {step} --during {during}: the run had no {during} at or after this step"
+    phase, number = kill["due"].split()
+    return (
+        f"--kill-at {step} --during {during}: the run ended before the {kill['signal']} that was due "
+        f"{kill['delay_ms']:.0f} ms into {phase} of step {number}; choose an earlier step or another --seed"
+    )
+
+
+def soak(
+    chaos: Chaos, kills: int, *, seed: int, each: int | None, note: Callable[[Outcome, int], None]
+) -> list[Outcome]:
     """Disturbed runs at random points until so many kills have struck, or a run differs.
 
-    each: kills in one run at most. note: called after each run with the kills so far. Runs that agree are removed.
+    each: kills in one run at most; None: 5, or 1 where a run goes on by hand.  note: called after each run with the
+    kills so far.  Runs that agree are removed.
     """
-    rng, outcomes, struck = random.Random(seed), [], 0
+    each = each or (1 if goes_on_by_hand(chaos.worlds, chaos.signal) else 5)
+    rng, outcomes, struck, idle = random.Random(seed), [], 0, 0
     while struck < kills:
         outcome = chaos.disturb(chaos.draw(min(each, kills - struck), rng))
         outcomes.append(outcome)
         struck += outcome.struck
+        idle = 0 if outcome.struck else idle + 1
         note(outcome, struck)
         if not outcome.ok:
             break
-        if not outcome.struck:
-            raise UserError(f"no fault of {[asdict(f) for f in outcome.kills]} struck; is the run too short?")
+        if idle == IDLE_RUNS:
+            raise UserError(
+                f"--soak: {struck} of {kills} kills so far, and none in the last {idle} runs, which ended before "
+                "their moments; train more steps, or save and evaluate more often"
+            )
         chaos.remove(outcome)
     return outcomes
 
@@ -293,47 +352,6 @@ def _with_checkpoints(config: Config, display: Display) -> Config:
     every = max(1, steps // 8)
     display.line(f"the config asks for no checkpoints: both runs save every {every} steps", "yellow")
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_steps": every})})
-
-
-def _compare_tensors(expected_dir: Path, found_dir: Path, config: Config, outcome: Outcome, tolerance: float) -> None:
-    """Fill in `identical`, `largest_difference` and the first difference of the runs' final checkpoints."""
-    import torch
-
-    from trainer.checkpoint import restore
-
-    expected, found = (restore.newest(restore.place_of(d, config.checkpoint.dir)) for d in (expected_dir, found_dir))
-    # What belongs to a rank has no counterpart among other ranks.
-    names = [
-        {name for name in files.tensors if not (tolerance and name.startswith("ranks/"))} for files in (expected, found)
-    ]
-    steps = [files.manifest.position.step for files in (expected, found)]
-    if steps[0] != steps[1]:
-        outcome.difference = f"the final checkpoints are of steps {steps[0]} and {steps[1]}"
-        return
-    if odd := sorted(names[0] ^ names[1]):
-        outcome.difference = f"only one of the final checkpoints has the tensor {odd[0]}"
-        return
-    outcome.identical = True
-    for name in sorted(names[0]):
-        a, b = expected.read(name), found.read(name)
-        if a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
-            continue
-        outcome.identical = False
-        if a.shape != b.shape:
-            outcome.difference = f"{name}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-            return
-        apart = (a.double() - b.double()).abs()
-        scale = max(a.double().abs().max().item(), 1e-30)
-        outcome.largest_difference = max(outcome.largest_difference, apart.max().item() / scale)
-        if tolerance and apart.max().item() <= tolerance * scale:
-            continue
-        at = tuple(int(i) for i in torch.nonzero(apart == apart.max())[0])
-        where = ", ".join(str(i) for i in at)
-        outcome.difference = (
-            f"{name}[{where}]: {a[at].item():.9g} undisturbed, {b[at].item():.9g} disturbed; "
-            f"{int((apart > 0).sum())} of {a.numel()} numbers differ"
-        )
-        return
 
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`tablemesh ckpt ...`: what is in a run's checkpoints, whether they are whole, and how they differ."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from launch.progress import size
 from launch.terminal import Json, print_json
 
 app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
+
+MOST_ROWS = 10_000  # of one range to print
 
 Where = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), or a checkpoint's path.")
@@ -195,12 +198,14 @@ def _files(console: Console, paths: list[str]) -> None:
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    """0,5,10-12 -> (0, 5, 10, 11, 12)"""
+    """0,5,10-12 -> (0, 5, 10, 11, 12); ids may be negative: -7,-2--1 -> (-7, -2, -1)"""
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            found += range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            raise UserError(f"--rows {text!r}: write it as 0,5,10-12") from None
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+        if match is None:
+            raise UserError(f"--rows {text!r}: write it as 0,5,10-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + MOST_ROWS:
+            raise UserError(f"--rows {text!r}: {part.strip()} has to ascend, and be at most {MOST_ROWS:,} rows")
+        found += range(first, last + 1)
     return tuple(found)

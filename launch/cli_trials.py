@@ -20,8 +20,9 @@ def chaos(
         str, typer.Option("--signal", help="KILL, SEGV, ABRT; TERM, USR1 (save and stop); STOP, HANG (stand still).")
     ] = "KILL",
     during: Annotated[
-        str, typer.Option(help="step, save, eval or data: the first of these at or after --kill-at.")
-    ] = "step",
+        str | None,
+        typer.Option(help="step, save, eval or data: the first of these at or after --kill-at; default: step."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="The rank that is struck; default: a random one.")] = None,
     world: Annotated[
         str | None, typer.Option(metavar="2->1", help="Ranks before and after; default: train.nproc, unchanged.")
@@ -29,7 +30,10 @@ def chaos(
     kills: Annotated[
         int | None, typer.Option("--soak", min=1, metavar="N", help="N kills at random points instead of one.")
     ] = None,
-    each: Annotated[int, typer.Option(min=1, help="--soak: kills in one run at most.")] = 5,
+    each: Annotated[
+        int | None,
+        typer.Option(min=1, help="--soak: kills in one run at most; default: 5, 1 with another --world or TERM."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random here.")] = 0,
     set_: Set = None,
     as_json: Json = False,
@@ -44,16 +48,17 @@ def chaos(
     console = console_for(as_json)
     resolved = configs.load(config, set_ or [])
     worlds = chaotic.Worlds.parse(world, resolved.train.nproc)
-    if kills is not None and (worlds.change or signal_ in chaotic.SAVING):
-        raise UserError("--soak: is for signals that the ranks are restarted after, and for the same number of ranks")
+    chaotic.check_options(
+        resolved, worlds, signal=signal_, during=during, kill_at=kill_at, rank=rank, kills=kills, each=each
+    )
     dataset.prepare_missing(console, resolved)
     trial = chaotic.Chaos(resolved, worlds, schedulers.named("local"), progress.make(console), signal=signal_)
     if kills is None:
-        rng = random.Random(seed)
+        rng, during = random.Random(seed), during or "step"
         fault = trial.fault(step=kill_at or max(1, trial.steps // 2), during=during, rng=rng, rank=rank)
         outcomes = [trial.disturb([fault])]
         if not outcomes[0].struck:
-            raise UserError(f"--kill-at {fault.step} --during {during}: the run had no {during} at or after this step")
+            raise UserError(chaotic.why_not_struck(outcomes[0], fault.step, during))
     else:
 
         def note(outcome: Any, struck: int) -> None:

@@ -2,9 +2,9 @@
 
     losses = run_ranks(train, 2, tables, "row_wise")      # train(tables, "row_wise") on 2 ranks; results in rank order
 
-The ranks come from a fork server that has torch and TorchRec imported already: importing them takes seconds, forking
-milliseconds. The server itself has run no tensor operation, so no thread pool is inherited half-alive.  A rank that
-raises fails the test with that rank's traceback, and the others are killed.
+The ranks come from a fork server that has torch, TorchRec, the trainer and what tests need imported already: that takes
+ten seconds of CPU, forking milliseconds.  The server itself has run no tensor operation, so no thread pool is inherited
+half-alive.  A rank that raises fails the test with that rank's traceback, and the others are killed.
 """
 
 import multiprocessing
@@ -19,7 +19,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torchrec", "fbgemm_gpu", "torchrec.distributed.train_pipeline"]
+PRELOAD = [
+    *("torch", "torch.distributed", "torchrec", "fbgemm_gpu", "torchrec.distributed.train_pipeline"),
+    *("trainer.trainer", "tests.ready"),
+    *("pandas", "pytest", "typer.testing"),  # pyarrow imports pandas at its first conversion
+]
 TIMEOUT_SECONDS = 120
 
 

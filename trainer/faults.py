@@ -3,6 +3,7 @@
 JOB.json of such a run has "faults": a list of {"step", "phase", "rank", "signal", "delay_ms"}; fault number k is for
 attempt k of the job, so that every restart meets the next one. It strikes once, at the rank's first mark
 (trainer/pulse.py) of that phase at or after that step, delay_ms later: in the middle of whatever the rank then does.
+A rank that ends sooner is not struck, so that NOTE says what was delivered, and NOTE.due what was to come.
 """
 
 import os
@@ -25,11 +26,16 @@ class Fault:
     delay_ms: float = 0.0
 
 
+def due_of(note: Path) -> Path:
+    return note.with_name(f"{note.name}.due")
+
+
 class Strike:
-    """One fault of this rank. `on_mark` is trainer.pulse's; `note` is the file in which it says that it struck."""
+    """One fault of this rank. `on_mark` is trainer.pulse's; `note` is a file of "PHASE STEP", named so when it strikes
+    and note.due until then."""
 
     def __init__(self, fault: Fault, note: Path) -> None:
-        self._fault, self._note = fault, note
+        self._fault, self._note, self._due = fault, note, due_of(note)
         self._waiting = True
 
     def on_mark(self, phase: str, step: int) -> None:
@@ -37,16 +43,22 @@ class Strike:
         if not self._waiting or phase != fault.phase or step < fault.step:
             return
         self._waiting = False
-        print(f"fault: {fault.signal} in {phase} of step {step}", file=sys.stderr, flush=True)
-        self._note.write_text(f"{phase} {step}\n")
+        self._due.write_text(f"{phase} {step}\n")
         if fault.signal == HANG:
             time.sleep(fault.delay_ms / 1e3)
+            self._strike(f"{phase} of step {step}")
             while True:
                 time.sleep(3600)
-        number = signal.Signals[f"SIG{fault.signal}"]
         if fault.delay_ms:
-            timer = threading.Timer(fault.delay_ms / 1e3, os.kill, (os.getpid(), number))
+            timer = threading.Timer(fault.delay_ms / 1e3, self._strike, (f"{phase} of step {step}",))
             timer.daemon = True
             timer.start()
         else:
-            os.kill(os.getpid(), number)
+            self._strike(f"{phase} of step {step}")
+
+    def _strike(self, where: str) -> None:
+        signal_ = self._fault.signal
+        print(f"fault: {signal_} in {where}", file=sys.stderr, flush=True)
+        self._due.rename(self._note)
+        if signal_ != HANG:
+            os.kill(os.getpid(), signal.Signals[f"SIG{signal_}"])

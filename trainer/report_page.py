@@ -6,10 +6,11 @@ data is left out. Numbers become words here, layout is the template's.
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from trainer import report_saves, report_tables
@@ -35,13 +36,19 @@ LEARNED, LEARNED_SOME = 0.9, 0.1
 
 def render(run_dir: Path) -> str:
     """The page of one run folder, whatever it holds."""
+    return template().render(**view(run_dir))
+
+
+@cache
+def template() -> Template:
+    """Compiled once a process, which takes half a second."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(
         count=count, size=size, percent=percent, figure=figure, moment=moment, bound=bound_text, ms=milliseconds
     )
-    return environment.get_template("report.html.j2").render(**view(run_dir))
+    return environment.get_template("report.html.j2")
 
 
 def view(run_dir: Path) -> dict[str, Any]:

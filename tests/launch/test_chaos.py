@@ -5,6 +5,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from kernels.errors import UserError
 from launch import chaos
 from launch.chaos import Worlds
+from trainer.faults import Fault, Strike, due_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = """
@@ -82,6 +86,45 @@ def test_worlds():
 def test_signals_that_are_none(tmp_path):
     with pytest.raises(UserError, match="--signal NAP: it can be KILL"):
         chaos.Chaos(None, Worlds.parse("1", 1), None, None, signal="NAP")
+
+
+def test_options_that_make_no_sense_together():
+    same, other = Worlds.parse("2", 2), Worlds.parse("2->1", 2)
+    config = type("C", (), {"check_world_size": lambda self, size: None})()
+    for options, words in (
+        ({"during": "lunch"}, "--during lunch: it can be data, step, eval, save"),
+        ({"rank": 2}, "--rank 2: there are the ranks 0 to 1"),
+        ({"each": 3}, "--each 3: is for --soak N"),
+        ({"kills": 3, "kill_at": 4, "rank": 0}, "leave --kill-at and --rank out"),
+        ({"kills": 3, "each": 2, "signal": "TERM"}, "--each 2: with --signal TERM a run is struck once"),
+        ({"kills": 3, "each": 2, "worlds": other}, "--each 2: with another --world a run is struck once"),
+    ):
+        with pytest.raises(UserError, match=words):
+            chaos.check_options(config, **{"worlds": same, "signal": "KILL"} | options)
+    chaos.check_options(config, other, signal="KILL", kills=3, each=1)
+
+
+def test_a_fault_counts_once_it_is_delivered(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((note.exists(), number)))
+    fault, note = Fault(step=3, phase="save", rank=0, signal="KILL"), tmp_path / "fault_0"
+    strike = Strike(fault, note)
+    for phase, step in (("save", 2), ("data", 3)):
+        strike.on_mark(phase, step)
+    assert not sent and not list(tmp_path.iterdir())
+    strike.on_mark("save", 4)
+    strike.on_mark("save", 8)
+    assert sent == [(True, 9)] and note.read_text() == "save 4\n" and not due_of(note).exists()
+
+    monkeypatch.setattr(threading, "Timer", lambda seconds, call, args: threading.Thread(target=time.sleep, args=(0,)))
+    late = Strike(replace(fault, delay_ms=3.6e6), tmp_path / "fault_1")
+    late.on_mark("save", 4)
+    assert not (tmp_path / "fault_1").exists() and due_of(tmp_path / "fault_1").read_text() == "save 4\n"
+    kill = {"signal": "KILL", "delay_ms": 3.6e6, "struck": None, "due": "save 4"}
+    said = chaos.why_not_struck(chaos.Outcome(kills=[kill], run_dir=tmp_path), 3, "save")
+    assert "ended before the KILL that was due 3600000 ms into save of step 4" in said
+    said = chaos.why_not_struck(chaos.Outcome(kills=[kill | {"due": None}], run_dir=tmp_path), 3, "save")
+    assert "the run had no save at or after this step" in said
 
 
 def test_drawn_points_lie_ahead_of_each_other(tmp_path):

@@ -117,6 +117,11 @@ def save_with_failures(run_dir):
     return report["checkpoints"]
 
 
+def save_without_and_with(plain, hurt):
+    runs.run(plain)
+    return save_with_failures(hurt)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return runs.write_data(tmp_path_factory.mktemp("data"))
@@ -125,8 +130,7 @@ def data(tmp_path_factory):
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_run_goes_on(data, tmp_path):
     often = {"every_steps": 2, "deltas": 2, "keep": 99, "count_updates": True}
     plain, hurt = (runs.write_config(data, tmp_path / name, checkpoint=often) for name in ("plain", "hurt"))
-    run_ranks(runs.run, 2, plain)
-    totals = run_ranks(save_with_failures, 2, hurt)
+    totals = run_ranks(save_without_and_with, 2, plain, hurt)
     place = Place(hurt / "checkpoints")
     lost = {4, 8, 10, 12, 14, 22, 24}
     assert [(t["saved"], t["failed"]) for t in totals] == [(14 - len(lost), len(lost))] * 2
@@ -143,12 +147,9 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_run_goes_on(data, tm
     assert sorted(p.name for p in (hurt / "checkpoints").iterdir()) == sorted(place.names())
 
 
-def stop_at(run_dir, step):
-    return runs.run(run_dir, stop_after=step)
-
-
 def resume_with_failures(run_dir):
     """What each of several resumes says, all failing on one rank at another point; then the one that goes well."""
+    runs.run(run_dir, stop_after=7)
     denied, broken = PermissionError(errno.EACCES, "Permission denied", "f"), OSError(errno.EIO, "gone", "f")
     points = {
         "names": lambda: failing(Place, "names", denied, rank=0),
@@ -176,7 +177,6 @@ def resume_with_failures(run_dir):
 
 def test_a_load_that_fails_on_one_rank_ends_on_all(data, tmp_path):
     run_dir = runs.write_config(data, tmp_path / "run", checkpoint={"every_steps": 4, "deltas": 3, "keep": 99})
-    run_ranks(stop_at, 2, run_dir, 7)
     (said, stopped), (same, _) = run_ranks(resume_with_failures, 2, run_dir)
     assert said == same
     assert "rank 0: Permission denied" in said["names"] and "rank 0: Permission denied" in said["open"]

@@ -83,8 +83,12 @@ def test_one_rank(data, tmp_path, optim):
     assert [differences(*pair) for pair in pairs] == [[], []]
 
 
-@pytest.mark.parametrize(("optim", "row_type", "n"), [("adam", "bf16", 0), ("adagrad", "fp16", 1)])
-def test_two_ranks(data, tmp_path, optim, row_type, n):
-    pair = write(data, tmp_path, mix=MIXES[n], row_type=row_type, optim=optim)
-    run_ranks(run_pairs, 2, [pair])
-    assert differences(*pair) == []
+@pytest.mark.parametrize("n", range(len(MIXES)))
+def test_two_ranks(data, tmp_path, n):
+    """Both mixes with every optimizer again, with row types that one rank has not had with them."""
+    types, pairs = list(ROW_TYPES), []
+    for first, optim in enumerate(OPTIMS):
+        row_type = types[(first + n + 2) % len(types)]
+        pairs.append(write(data, tmp_path / optim, mix=MIXES[n], row_type=row_type, optim=optim))
+    run_ranks(run_pairs, 2, pairs)
+    assert [differences(*pair) for pair in pairs] == [[]] * len(OPTIMS)

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from launch import cli
+from launch.chaos_compare import compare
 from sharding import update_counts
 from sharding.table_state import tables_of
 from tests.ranks import run_ranks
@@ -77,27 +78,35 @@ def test_they_are_what_a_count_by_hand_gives(one):
         assert found[f"tables/{table}/updates"].max() > 10
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sections"),
-    [
-        (2, {}),  # row_wise, data_parallel, the planner's choice
-        (4, {"tables": {"override": [], "sharding": "row_wise"}, "kernels": {"embedding_bag": "fbgemm"}}),
-        (2, {"tables": {"override": [], "sharding": "column_wise"}}),
-        (2, {"tables": {"override": [], "sharding": "data_parallel"}, "kernels": {"embedding_bag": "fbgemm"}}),
-    ],
-)
-def test_they_are_the_same_for_every_plan_kernel_and_number_of_ranks(one, data, tmp_path, world_size, sections):
-    run_dir = runs.write_config(data, tmp_path / "run", checkpoint=COUNTED, **sections)
-    report = run_ranks(runs.run, world_size, run_dir)[0]
-    (tables,) = [row for row in report["foretold"] if row["name"].startswith("tables")]
-    if "column_wise" not in str(sections):  # of whose parts only the first has counts
-        assert tables["predicted"] == tables["measured"] and tables["unit"] == "bytes"
-    expected, place = one[0], Place(run_dir / "checkpoints")
-    for name in ("step_8", "step_28"):  # a delta, and a full one
-        assert open_chain(place, name).manifest.kind == ("delta" if name == "step_8" else "full")
-        ours, theirs = table_counts(run_dir, name), table_counts(expected, name)
-        assert ours.keys() == theirs.keys()
-        assert not [t for t in ours if not torch.equal(ours[t], theirs[t])], name
+WAYS = {  # number of ranks -> how the tables lie
+    2: (
+        {},  # row_wise, data_parallel, the planner's choice
+        {"tables": {"override": [], "sharding": "column_wise"}},
+        {"tables": {"override": [], "sharding": "data_parallel"}, "kernels": {"embedding_bag": "fbgemm"}},
+    ),
+    4: ({"tables": {"override": [], "sharding": "row_wise"}, "kernels": {"embedding_bag": "fbgemm"}},),
+}
+
+
+def run_all(*run_dirs):
+    """One after the other in the ranks that are up: starting ranks takes longer than these runs."""
+    return [runs.run(run_dir) for run_dir in run_dirs]
+
+
+@pytest.mark.parametrize("world_size", WAYS)
+def test_they_are_the_same_for_every_plan_kernel_and_number_of_ranks(one, data, tmp_path, world_size):
+    ways = WAYS[world_size]
+    folders = [runs.write_config(data, tmp_path / str(n), checkpoint=COUNTED, **way) for n, way in enumerate(ways)]
+    for way, run_dir, report in zip(ways, folders, run_ranks(run_all, world_size, *folders)[0], strict=True):
+        (tables,) = [row for row in report["foretold"] if row["name"].startswith("tables")]
+        if "column_wise" not in str(way):  # of whose parts only the first has counts
+            assert tables["predicted"] == tables["measured"] and tables["unit"] == "bytes"
+        expected, place = one[0], Place(run_dir / "checkpoints")
+        for name in ("step_8", "step_28"):  # a delta, and a full one
+            assert open_chain(place, name).manifest.kind == ("delta" if name == "step_8" else "full")
+            ours, theirs = table_counts(run_dir, name), table_counts(expected, name)
+            assert ours.keys() == theirs.keys()
+            assert not [t for t in ours if not torch.equal(ours[t], theirs[t])], (way, name)
 
 
 def go_on(run_dir, *changes):
@@ -110,26 +119,41 @@ def go_on(run_dir, *changes):
     return runs.run(run_dir, resume="auto")["status"]
 
 
-def stop_at(run_dir, step):
-    return runs.run(run_dir, stop_after=step)
+def go_on_all(*pairs):
+    return [go_on(run_dir, *changes) for run_dir, *changes in pairs]
 
 
-@pytest.mark.parametrize("kernel", ["auto", "fbgemm"])
-def test_every_kind_goes_on_counting_on_other_ranks(data, tmp_path, kernel):
-    """One rank counts 7 steps, two go on with another kernel: as one rank that did all of it."""
+def run_and_stop(whole, cut, step):
+    """Run these through, and the others up to a step."""
+    return run_all(*whole), [runs.run(run_dir, stop_after=step) for run_dir in cut]
+
+
+def test_every_kind_goes_on_counting_on_other_ranks(data, tmp_path):
+    """One rank counts 7 steps, two go on with the other kernel: as one rank that did all of it."""
     mix = [*KINDS[:2], {"match": "c", "sharding": "data_parallel"}, KINDS[3]]
-    sections = {"tables": {"override": mix}, "kernels": {"embedding_bag": kernel}}
-    whole = runs.write_config(data, tmp_path / "whole", checkpoint=COUNTED, **sections)
-    cut = runs.write_config(data, tmp_path / "cut", checkpoint=COUNTED, **sections)
-    run_ranks(runs.run, 1, whole)
-    run_ranks(stop_at, 1, cut, 7)
-    other = {"auto": "fbgemm", "fbgemm": "auto"}[kernel]
-    change = (f'embedding_bag = "{kernel}"', f'embedding_bag = "{other}"')
-    assert run_ranks(go_on, 2, cut, change) == ["finished"] * 2
-    expected, found = table_counts(whole), table_counts(cut)
-    assert expected.keys() == found.keys() and len(found) >= 4
-    assert not [t for t in found if not torch.equal(expected[t], found[t])]
-    assert min(int(t.max()) for t in found.values()) > 10
+    kernels = {"auto": "fbgemm", "fbgemm": "auto"}
+    whole, cut = (
+        {
+            kernel: runs.write_config(
+                data,
+                tmp_path / f"{name}-{kernel}",
+                checkpoint=COUNTED,
+                tables={"override": mix},
+                kernels={"embedding_bag": kernel},
+                train={"batch_size": 64, "max_steps": 16, "log_every": 4},
+            )
+            for kernel in kernels
+        }
+        for name in ("whole", "cut")
+    )
+    run_ranks(run_and_stop, 1, list(whole.values()), list(cut.values()), 7)
+    changes = [(cut[k], (f'embedding_bag = "{k}"', f'embedding_bag = "{other}"')) for k, other in kernels.items()]
+    assert run_ranks(go_on_all, 2, *changes) == [["finished"] * 2] * 2
+    for kernel in kernels:
+        expected, found = table_counts(whole[kernel]), table_counts(cut[kernel])
+        assert expected.keys() == found.keys() and len(found) >= 4
+        assert not [t for t in found if not torch.equal(expected[t], found[t])]
+        assert min(int(t.max()) for t in found.values()) > 10
 
 
 def by_id(run_dir):
@@ -144,18 +168,20 @@ def by_id(run_dir):
     return found
 
 
+def run_and_go_on(whole, cut):
+    runs.run(whole)
+    return go_on(cut)
+
+
 def test_rows_given_to_ids_count_from_when_an_id_gets_them(data, tmp_path):
     sections = {
         "tables": {"override": [BY_ID]},
         "checkpoint": COUNTED,
         "kernels": {"embedding_bag": "auto"},
     }
-    one, two = (runs.write_config(data, tmp_path / name, **sections) for name in ("one", "two"))
-    run_ranks(runs.run, 1, one)
-    run_ranks(stop_at, 2, two, 7)
-    assert run_ranks(go_on, 1, two) == ["finished"]
-    three = runs.write_config(data, tmp_path / "three", **sections)
-    run_ranks(runs.run, 2, three)
+    one, two, three = (runs.write_config(data, tmp_path / name, **sections) for name in ("one", "two", "three"))
+    run_ranks(run_and_stop, 2, [three], [two], 7)
+    assert run_ranks(run_and_go_on, 1, one, two) == ["finished"]
     expected = by_id(one)
     assert by_id(two) == expected and by_id(three) == expected
     assert max(expected.values()) > 10 and len(expected) > 20
@@ -165,6 +191,12 @@ def test_rows_given_to_ids_count_from_when_an_id_gets_them(data, tmp_path):
     assert (of_c["most"], of_c["most_updated"][0]["updates"]) == (best[0], best[0])
     (row,) = tools.inspect(str(two), table="c", rows=(-best[1],))["rows"]
     assert row["updates"] == best[0]
+    # What `chaos --world` compares: the tensors of two ranks have other names and rows, the ids are the same.
+    apart = compare(tools.open_at(str(one)), tools.open_at(str(three)), tolerance=1e-3)
+    assert apart.difference is None and not apart.identical and 0 < apart.largest < 1e-3
+    assert compare(tools.open_at(str(one)), tools.open_at(str(one)), tolerance=1e-3).identical
+    said = compare(tools.open_at(str(one)), tools.open_at(str(three)), tolerance=0).difference
+    assert said == "only one of the final checkpoints has the tensor ranks/1/metrics/window"
 
 
 def test_inspect_shows_them(one):
@@ -185,7 +217,7 @@ def test_inspect_shows_them(one):
 
 def test_a_run_that_begins_to_count_says_since_when(one, data, tmp_path):
     run_dir = runs.write_config(data, tmp_path / "run", checkpoint={"every_steps": 10})
-    run_ranks(stop_at, 2, run_dir, 7)
+    run_ranks(run_and_stop, 2, [], [run_dir], 7)
     off = CliRunner().invoke(cli.app, ["ckpt", "inspect", str(run_dir)])
     assert "was not counted: set checkpoint.count_updates = true" in off.stdout.replace("\n", " ")
     assert tools.inspect(str(run_dir))["tables"][0]["updates"] is None

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 
 from tests.ranks import run_ranks
 from tests.trainer import runs
+from trainer.checkpoint import chain
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.chain import open_chain
 from trainer.checkpoint.files import verify
@@ -139,3 +142,54 @@ def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(data, tmp_pat
         assert (totals["saved"], totals["failed"]) == (7, 0)
     assert kinds(run_dir) == ["full", "delta", "delta", "full", "delta", "delta", "full"]
     assert "could not be removed" in runs.run_as_text(run_dir)
+
+
+def killed_in_a_merge(run_dir, point):
+    """SIGKILL while the delta of step 12 is made full: as it is read, or between the renames that replace it."""
+    publish = Place.publish
+
+    def kill(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_at_rename(place, name, manifest):
+        merged = b'"kind":"full"' in manifest and name == "step_12"
+        rename, os.rename = os.rename, lambda a, b: kill() if merged and str(a).endswith(".partial") else rename(a, b)
+        publish(place, name, manifest)
+        os.rename = rename
+
+    if point == "read":
+        chain.Chain.read = kill  # nothing reads a checkpoint of this run but the merge
+    else:
+        Place.publish = kill_at_rename
+    runs.run(run_dir)
+
+
+def run_and_finish(whole, cut):
+    runs.run(whole)
+    return [finish(run_dir) for run_dir in cut]
+
+
+def test_a_kill_in_a_merge_of_deltas_loses_nothing(data, tmp_path):
+    """The delta is there as it was, or comes back, and the run goes on from it, bit for bit."""
+    often = {"every_steps": 4, "deltas": 2, "keep": 9}
+    sections = {"checkpoint": often, "train": {"batch_size": 64, "max_steps": 16, "log_every": 4}}
+    whole, *cut = (runs.write_config(data, tmp_path / name, **sections) for name in ("whole", "read", "renamed"))
+    for run_dir in cut:
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(killed_in_a_merge, 1, run_dir, run_dir.name)
+    left = [sorted(path.name for path in (run_dir / "checkpoints").iterdir()) for run_dir in cut]
+    assert left[0] == ["step_12", "step_4", "step_8"] or left[0] == ["step_12", "step_12.partial", "step_4", "step_8"]
+    assert left[1] == ["step_12.old", "step_12.partial", "step_4", "step_8"]
+    reports = run_ranks(run_and_finish, 1, whole, cut)[0]
+    assert [report["resumed"]["step"] for report in reports] == [12, 12]
+    for run_dir in cut:
+        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+            "step_12",
+            "step_16",
+            "step_4",
+            "step_8",
+        ]
+        expected, found = runs.tensors(whole), runs.tensors(run_dir)
+        assert expected.keys() == found.keys()
+        assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+        assert runs.losses(whole) == runs.losses(run_dir)

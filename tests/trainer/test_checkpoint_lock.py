@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -41,6 +42,32 @@ def test_a_pid_that_is_used_again_and_a_restarted_host(tmp_path):
     assert "has ended" in lock.acquire(tmp_path)
     held_by(tmp_path, boot_id="another")
     assert "has been restarted since" in lock.acquire(tmp_path)
+
+
+def test_of_two_that_find_a_stale_lock_one_gets_it(tmp_path, monkeypatch):
+    """The second comes while the first has read the stale one and not yet replaced it."""
+    held_by(tmp_path, start="12")
+    found, examine = [], lock._refuse_or_stale
+
+    def second():
+        try:
+            found.append(lock.acquire(tmp_path))
+        except UserError as error:
+            found.append(str(error))
+
+    other = threading.Thread(target=second)
+
+    def examine_slowly(path, holder):
+        note = examine(path, holder)
+        if other.ident is None:
+            other.start()
+            other.join(0.3)
+        return note
+
+    monkeypatch.setattr(lock, "_refuse_or_stale", examine_slowly)
+    assert "has ended" in lock.acquire(tmp_path)
+    other.join()
+    assert len(found) == 1 and "another run is writing here" in found[0]
 
 
 def test_another_host_cannot_be_examined(tmp_path):

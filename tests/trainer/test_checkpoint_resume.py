@@ -127,6 +127,35 @@ def test_row_states_follow_other_column_parts(data, tmp_path):
     assert torch.equal(again["tables/b/sum:0-4"], one) and torch.equal(again["tables/b/sum:4-8"], one)
 
 
+def there_and_back(run_dirs):
+    """Train 3 steps with FBGEMM's kernels, load and save that with ours, and that with FBGEMM's again; the tensors."""
+    found = []
+    for run_dir in run_dirs:
+        runs.run(run_dir, stop_after=3)
+        found.append([runs.tensors(run_dir)])
+        for change in (('"fbgemm"', '"cpu"'), ('"cpu"', '"fbgemm"')):
+            resume_and_stop(run_dir, ("embedding_bag = " + change[0], "embedding_bag = " + change[1]))
+            found[-1].append(runs.tensors(run_dir))
+        assert runs.run(run_dir, resume="auto")["status"] == "finished"
+    return found
+
+
+def test_weights_and_states_go_from_fbgemms_kernels_to_ours_and_back(data, tmp_path):
+    """Bit for bit, for every optimizer that FBGEMM has on a CPU."""
+    folders = []
+    for optim in ("sgd", "adagrad", "rowwise_adagrad"):
+        sparse, dense = OPTIMS[optim]
+        sections = {"optim": {"sparse": sparse, "dense": dense}, "kernels": {"embedding_bag": "fbgemm"}}
+        train = {"batch_size": 64, "max_steps": 5, "log_every": 4}
+        folders.append(runs.write_config(data, tmp_path / optim, train=train, **sections))
+    (found,) = run_ranks(there_and_back, 1, folders)
+    for (theirs, ours, again), states in zip(found, (0, 4, 4), strict=True):
+        assert sum("/sum" in name for name in theirs) == states, "of each table, data_parallel ones too"
+        for tensors in (ours, again):
+            assert tensors.keys() == theirs.keys()
+            assert not [name for name in theirs if not torch.equal(tensors[name], theirs[name])]
+
+
 def resume_and_stop(run_dir, *changes):
     """Load, and save what was loaded under the same step."""
     from trainer.checkpoint.session import Session

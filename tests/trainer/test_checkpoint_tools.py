@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kernels.errors import UserError
-from launch import cli
+from launch import ckpt, cli
 from tests.ranks import run_ranks
 from tests.trainer import runs
 from trainer.checkpoint import tools
+from trainer.checkpoint.manifest import Damaged
 
 
 def stop_at(run_dir, step):
@@ -110,6 +112,26 @@ def test_export(run_dir, tmp_path):
     assert all(torch.equal(dense[name], tensors[f"dense/{name}"]) for name in dense)
     with pytest.raises(UserError, match="something already"):
         tools.export(str(run_dir), tmp_path / "out")
+    with pytest.raises(UserError, match="/proc/x/y: cannot be written"):
+        tools.export(str(run_dir), Path("/proc/x/y"))
+    with pytest.raises(UserError, match="/proc/x/step_3: cannot be written"):
+        tools.reshard(str(run_dir), "/proc/x/step_3", parts=1)
+
+
+def test_a_damaged_one_exports_nothing(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    path = max((copy / "checkpoints/step_4").glob("*.bin"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Damaged):
+        tools.export(str(copy), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rows_to_print():
+    assert ckpt._rows("0, 5,10-12") == (0, 5, 10, 11, 12) and ckpt._rows("-7,-2--1,-1-1") == (-7, -2, -1, -1, 0, 1)
+    for text in ("a", "5-2", "1-", "", "0-99999999999"):
+        with pytest.raises(UserError, match=f"--rows '{text}'"):
+            ckpt._rows(text)
 
 
 def test_reshard_merges_and_cuts(run_dir, tmp_path):
@@ -121,8 +143,12 @@ def test_reshard_merges_and_cuts(run_dir, tmp_path):
         tools.reshard(str(run_dir), str(out), parts=2)
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_what_is_no_checkpoint(run_dir, tmp_path):
     with pytest.raises(UserError, match="neither a run, nor a checkpoint"):
         tools.ls(str(tmp_path))
-    with pytest.raises(UserError, match="no such checkpoint"):
-        tools.inspect(str(tmp_path / "step_3"))
+    for look in (tools.inspect, tools.verify):
+        with pytest.raises(UserError, match="no such checkpoint"):
+            look(str(tmp_path / "step_3"))
+    shutil.copy(run_dir / "config.toml", tmp_path)
+    with pytest.raises(UserError, match="no such checkpoint; there are none in"):
+        tools.verify(str(tmp_path))

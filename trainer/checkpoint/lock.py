@@ -4,10 +4,13 @@ The file holds pid, the process's start, host and the host's boot id.  A lock wh
 been started again since, is stale and taken over; one of another host cannot be examined from here and stands.
 """
 
+import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,28 @@ def acquire(run_dir: Path) -> str | None:
 
     Raises UserError while another process has it.
     """
-    path, note = run_dir / NAME, None
+    with _alone(run_dir):
+        return _acquire(run_dir / NAME)
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """One process of this host at a time: of two that find a stale lock, one would remove the new one of the other."""
+    try:
+        folder = os.open(run_dir, os.O_RDONLY)
+    except OSError:  # what is written there next says it
+        yield
+        return
+    try:
+        with suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _acquire(path: Path) -> str | None:
+    note = None
     for _ in range(3):
         if (holder := _read(path)) is not None:
             note = _refuse_or_stale(path, holder)

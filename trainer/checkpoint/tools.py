@@ -70,8 +70,11 @@ def ls(where: str) -> dict[str, Any]:
 def verify(where: str) -> dict[str, Any]:
     """Read and hash everything again: {"ok", "checked", "damaged": [{"checkpoint", "file", "table", "message"}]}."""
     place, only = locate(where)
+    names = [only] if only else place.names()
+    if not names or not place.sizes(names[0]):  # what a script asks for must not be well because it is not there
+        raise UserError(f"{where}: no such checkpoint; there are {', '.join(place.names()) or 'none'} in {place}")
     checked, damaged = [], []
-    for name in [only] if only else place.names():
+    for name in names:
         try:
             members = [name] if only is None else [files.name for files in open_chain(place, name).members]
             found = [d for member in members for d in files_module.verify(place, member, manifests.read(place, member))]
@@ -209,19 +212,31 @@ def _figures(chain: Chain, base: str, entries: dict[str, Entry]) -> dict[str, An
 
 
 def export(where: str, out: Path) -> dict[str, Any]:
-    """OUT/TABLE.parquet (row, and column v0, v1, ...) and OUT/dense.safetensors.  OUT must not exist or be empty.
+    """OUT/TABLE.parquet (row, and column v0, v1, ...) and OUT/dense.safetensors.  OUT must not exist or be empty, and
+    holds nothing when this fails.
 
     A table whose rows are given to ids has a file for each part of it, with the column id too: null where no id has it.
     """
+    chain = open_at(where)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: there is something already; name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return {"checkpoint": chain.path, "files": _export(chain, out)}
+    except BaseException as error:
+        for path in out.iterdir() if out.is_dir() else ():
+            path.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def _export(chain: Chain, out: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from safetensors.torch import save_file
 
-    chain = open_at(where)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: there is something already; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[dict[str, Any]] = []
     for name, entry in chain.tensors.items():
         if entry.table is None or not name.endswith("/weight"):
             continue
@@ -246,7 +261,7 @@ def export(where: str, out: Path) -> dict[str, Any]:
     dense |= {n.removeprefix(prefix): chain.read(n) for n in chain.tensors if n.startswith(prefix)}
     save_file({name: tensor.contiguous() for name, tensor in dense.items()}, out / "dense.safetensors")
     written.append({"file": str(out / "dense.safetensors"), "tensors": len(dense)})
-    return {"checkpoint": chain.path, "files": written}
+    return written
 
 
 def reshard(where: str, out: str, *, parts: int) -> dict[str, Any]:
@@ -268,7 +283,10 @@ def reshard(where: str, out: str, *, parts: int) -> dict[str, Any]:
     def about(files: dict, tensors: dict) -> Manifest:
         return dataclasses.replace(chain.manifest, kind="full", parent=None, files=files, tensors=tensors)
 
-    manifest = storage.write_alone(by_part, place, name, about)
+    try:
+        manifest = storage.write_alone(by_part, place, name, about)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return {"from": chain.path, "to": place.path(name), "bytes": manifest.bytes, "files": manifest.files}
 
 
