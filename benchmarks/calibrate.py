@@ -40,11 +40,12 @@ from trainer.report import hardware, versions
 
 TURNS, STEPS, WARM_UP = 3, 8, 2  # the cases take turns; the first steps of a turn find a cache full of other tables
 DRAWN = 24  # cases
-PRIOR = 0.1  # weight of a constant's being twice its prior, beside a step's being foretold wrong by all of itself
+PRIOR = 0.05  # weight of a constant's being twice its prior, beside a step's being foretold wrong by all of itself
+UNITS = {"reduce_efficiency": ("of the bandwidth", 1.0)}
 FASTEST = 10.0  # no rate is fitted above this multiple of what was measured
 RATES = (
     "matrix_fp32", "matrix_bf16", "vector_bandwidth", "update_dense_bandwidth", "intra_bandwidth", "row_bandwidth",
-    "cached_row_bandwidth", "update_row_bandwidth",
+    "cached_row_bandwidth", "update_row_bandwidth", "reduce_efficiency",
 )  # fmt: skip
 SECONDS = (
     "row_seconds", "cached_row_seconds", "update_row_seconds", "id_seconds", "intra_latency", "step_seconds",
@@ -52,6 +53,7 @@ SECONDS = (
     "replica_row_seconds", "bucket_seconds", "bag_seconds", "op_seconds",
 )  # fmt: skip
 CONSTANTS = (*RATES, *SECONDS)
+INTRA, REDUCE = CONSTANTS.index("intra_bandwidth"), CONSTANTS.index("reduce_efficiency")
 
 
 def main(*, nproc: int | None = None, json: bool = False) -> int:
@@ -80,7 +82,7 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
             correct=True,
         )
         for name in (*CONSTANTS, "memory_bandwidth")
-        for unit, scale in [("us", 1e6) if name in SECONDS else ("G/s", 1e-9)]
+        for unit, scale in [UNITS.get(name, ("us", 1e6) if name in SECONDS else ("G/s", 1e-9))]
     ]
     fits = [
         {
@@ -197,13 +199,18 @@ def fitted(rated: Topology, cases: Sequence[Case], real_C: np.ndarray) -> tuple[
 def _shares(rated: Topology, cases: Sequence[Case], slowest_by: Topology, real_C: np.ndarray) -> np.ndarray:
     """(C, O) share of its measured step that a case spends on each constant, as `rated` has it."""
     nothing = replace(rated, **dict.fromkeys(RATES, np.inf), **dict.fromkeys(SECONDS, 0.0))
+    # An all-reduce takes bytes / (intra_bandwidth * reduce_efficiency): without reduce_efficiency, no time; with it,
+    # its own beside what the same bandwidth gives to all-to-alls.
+    given = {name: {name: getattr(rated, name)} for name in CONSTANTS}
+    given["reduce_efficiency"]["intra_bandwidth"] = rated.intra_bandwidth
     shares_CO = np.empty((len(cases), len(CONSTANTS)))
     for c, case in enumerate(cases):
         slowest = int(predicted(case, slowest_by).rank_seconds.argmax())
         rest = predicted(case, nothing).rank_seconds[slowest]
         for o, name in enumerate(CONSTANTS):
-            one = replace(nothing, **{name: getattr(rated, name)})
+            one = replace(nothing, **given[name])
             shares_CO[c, o] = (predicted(case, one).rank_seconds[slowest] - rest) / real_C[c]
+    shares_CO[:, REDUCE] -= shares_CO[:, INTRA]
     return shares_CO
 
 
@@ -216,10 +223,10 @@ def _factors(shares_CO: np.ndarray) -> np.ndarray:
 
 
 def _with(rated: Topology, factors_O: np.ndarray) -> Topology:
-    changes = {}
-    for name, factor in zip(CONSTANTS, factors_O.tolist(), strict=True):
-        value = getattr(rated, name)
-        changes[name] = value / max(factor, 1 / FASTEST) if name in RATES else max(LEAST, value * factor)
+    factors = dict(zip(CONSTANTS, factors_O.tolist(), strict=True))
+    changes = {name: getattr(rated, name) / max(factors[name], 1 / FASTEST) for name in RATES}
+    changes |= {name: max(LEAST, getattr(rated, name) * factors[name]) for name in SECONDS}
+    changes["reduce_efficiency"] *= rated.intra_bandwidth / changes["intra_bandwidth"]
     return replace(rated, **changes, inter_bandwidth=changes["intra_bandwidth"])
 
 

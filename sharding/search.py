@@ -7,6 +7,8 @@ The kinds of all tables are the state of the search, and `place` decodes them in
 Shapes: K kinds, T tables, W ranks, P positions.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sharding.bound import Options, cheapest_subsets, group_seconds, priced_choice
@@ -21,6 +23,7 @@ ROUNDS = 7  # of halving the distance between what was reached and what was not
 NEARER = 0.4  # the next step tried, from what was not reached to what was
 SUBSETS = 4  # sets of sharding types that are tried for a step, those that need the fewest ranks first
 SPARES = (0.005, 0.015, 0.03)  # shares of a rank's time that the program leaves free: parts do not fill it wholly
+PROGRAMS = 12_000  # tables in all programs over configurations that a search solves: 12 of 1,000 tables, 10 s or so
 ROUNDINGS, ROUNDED = 32, 800  # ways to round a program's shares that are tried, and tables in all of them
 FILLS = (1.0, 0.95, 0.85)  # shares of the memory that a choice may use, where it is short
 DECODED = 40_000  # parts placed while improving, over all trials: about a second and a half
@@ -50,11 +53,12 @@ def _filled(options: Options, placer: Placer, aim: float, best: Found) -> Found:
     """Kinds by the program over configurations, ranks filled one after the other, for steps between the bound and the
     best so far."""
     low = aim
+    programs = iter(range(max(1, PROGRAMS // len(options.prices.tables))))
     for _ in range(ROUNDS):
         if best.step <= low * (1 + CLOSE_ENOUGH):
             break
         step = low + NEARER * (best.step - low)
-        found = _reach(options, placer, step)
+        found = _reach(options, placer, step, programs)
         if found is None:
             low = step
         else:
@@ -62,11 +66,13 @@ def _filled(options: Options, placer: Placer, aim: float, best: Found) -> Found:
     return best
 
 
-def _reach(options: Options, placer: Placer, step: float) -> Found | None:
-    """A plan that takes at most `step` seconds, or None where none was found."""
+def _reach(options: Options, placer: Placer, step: float, programs: Iterator[int]) -> Found | None:
+    """A plan that takes at most `step` seconds, or None where none was found.  programs: has one for each to solve."""
     roundings = max(1, min(ROUNDINGS, ROUNDED // len(options.prices.tables)))
     for shardings in cheapest_subsets(options, step)[:SUBSETS]:
         for spare in SPARES:
+            if next(programs, None) is None:
+                return None
             rounded = relax(options, shardings, step, spare=spare, roundings=roundings).kinds
             if not rounded:
                 break  # and none that leaves more free
