@@ -109,9 +109,9 @@ def submit(made: Job, kind: str, config: Config, console: Console) -> tuple[str,
 def _noted(kind: str, id: str, run_dir: Path, console: Console) -> str:
     """The handle of a job that now runs: whatever goes wrong here must not keep it from the user."""
     try:
+        handles.record(kind, id, run_dir)
         if run_dir.is_dir():
             rundir.make_latest(run_dir)
-        handles.record(kind, id, run_dir)
     except (OSError, RuntimeError) as error:  # such as a home that is read-only, or none
         text = f"the job was submitted; its handle could not be written down: {error}"
         console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)

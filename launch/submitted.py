@@ -93,8 +93,11 @@ def cancel(text: str) -> dict[str, Any]:
     if not was.final:
         there.cancel(job.id)
         deadline = time.monotonic() + CANCEL_SECONDS
-        while not (now := there.status(job.id)).final and time.monotonic() < deadline:
-            time.sleep(0.2)
+        try:
+            while not (now := there.status(job.id)).final and time.monotonic() < deadline:
+                time.sleep(0.2)
+        except Forgotten:  # it has ended, and the scheduler keeps no list of such jobs
+            now = State.CANCELLED
     return {"handle": job.handle, "was": str(was), "state": str(now)}
 
 

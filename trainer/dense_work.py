@@ -55,11 +55,15 @@ class _Dots:
 
     def forward(self, dense_BD: Tensor | None, emb_BX: Tensor) -> Tensor:
         self._count(dense_BD, emb_BX, products=1)
-        return emb_BX.new_empty(emb_BX.shape[0], self.spec.columns)
+        return self._made(emb_BX, emb_BX.shape[0], self.spec.columns)
 
     def backward(self, grad_BY: Tensor, dense_BD: Tensor | None, emb_BX: Tensor) -> tuple[Tensor | None, Tensor]:
-        self._count(grad_BY, dense_BD, emb_BX, products=2)
-        return None if dense_BD is None else torch.empty_like(dense_BD), torch.empty_like(emb_BX)
+        self._count(grad_BY, dense_BD, emb_BX, products=1)  # of G, which is symmetric, with the vectors
+        return None if dense_BD is None else self._made(dense_BD, *dense_BD.shape), self._made(emb_BX, *emb_BX.shape)
+
+    @staticmethod
+    def _made(like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)  # given no tensor: none is counted as read
 
     def _count(self, *read: Tensor | None, products: int) -> None:
         given = [t for t in read if t is not None]

@@ -63,11 +63,13 @@ class Docker(DockerScheduler):
                 started.append(client.containers.create(container.image, container.command, **container.kwargs))
                 started[-1].start()
         except BaseException as error:  # Ctrl-C, too, and a daemon that has gone
-            with contextlib.suppress(docker.errors.DockerException, OSError):
-                for container in started:
+            for container in started:
+                with contextlib.suppress(docker.errors.DockerException, OSError):
                     container.remove(force=True)
             if isinstance(error, docker.errors.APIError):
                 raise UserError(f"docker: {error.explanation}") from error
+            if isinstance(error, (docker.errors.DockerException, OSError)):
+                raise UserError(f"docker: {error}; `docker info` tells whether its daemon still runs") from error
             raise
         return job.app_id
 

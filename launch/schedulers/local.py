@@ -50,7 +50,12 @@ class Scheduler:
 
     def reach(self, job: Job) -> None:
         """UserError when this machine has not the GPUs that are asked for."""
-        if job.place.gpus > (found := len(gpu.bus_ids())):
+        found = len(gpu.bus_ids())
+        if job.place.gpus > found:  # which says nothing of UUIDs and MIG slices; torch takes a second to ask
+            import torch
+
+            found = max(found, torch.cuda.device_count())
+        if job.place.gpus > found:
             raise UserError(
                 f"--gpus-per-node {job.place.gpus}: this machine has {found} GPUs (`nvidia-smi` lists them); "
                 "without --gpus-per-node a run takes those that are there, or the CPU"

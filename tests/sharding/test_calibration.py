@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.calibrate import CONSTANTS, RATES, as_toml, drawn_cases, fitted, small_cases
 from benchmarks.planned import predicted
+from kernels.interaction import Spec
 from sharding import topology
-from trainer.dense_work import dense_work
+from trainer.dense_work import _Counter, _Dots, dense_work
 from trainer.models import dlrm
 from trainer.models.base import ModelInputs
 
@@ -48,7 +49,13 @@ def test_the_dots_are_one_op_that_reads_and_multiplies():
         nets = [dlrm.build(dlrm.Config(bottom=(8,), top=(1,), interaction=kind), inputs) for kind in ("dot", "cat")]
     dot, cat = (dense_work(net, inputs, state_bytes_per_parameter=8) for net in nets)
     columns, vectors = 8 + 4 * 3 // 2, 4
-    products = 3 * 2 * vectors**2 * 8  # forward, and the gradients of both factors
+    products = 2 * 2 * vectors**2 * 8  # forward, and the gradient of the vectors
     top = 3 * 2 * (4 * 8 - columns)  # what the top's only layer has less to do without the dots
     assert dot.flops_per_row - cat.flops_per_row == products - top
-    assert 0 < dot.bytes_per_row < cat.bytes_per_row + 4 * 4 * 8 * vectors  # nothing of the size of the pairs twice
+    counter, spec = _Counter(), Spec(features=3, dim=8)
+    meta = {"device": torch.device("meta")}
+    dense_BD, emb_BX, grad_BY = (torch.empty(10, n, **meta) for n in (8, 3 * 8, columns))
+    with counter:
+        _Dots(spec, counter).forward(dense_BD, emb_BX)
+        _Dots(spec, counter).backward(grad_BY, dense_BD, emb_BX)
+    assert counter.bytes == 4 * 10 * (3 * (8 + 3 * 8) + 2 * columns)
