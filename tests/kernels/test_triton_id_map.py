@@ -23,7 +23,7 @@ def test_its_suite_training_and_checkpoints_in_the_interpreter():
     options = ("-q", "-p", "no:cacheprovider", "-k", chosen, "-W", "ignore::RuntimeWarning")
     suites = "tests/kernels/test_id_map.py", "tests/kernels/triton_interpreted.py"
     out = python("-m", "pytest", *options, *suites, TRITON_INTERPRET="1")
-    assert " skipped" not in out and int(out.rsplit(" passed", 1)[0].split()[-1]) > 20
+    assert " skipped" not in out and int(out.rsplit(" passed", 1)[0].split()[-1]) >= 18
 
 
 def test_which_map_a_device_gets(monkeypatch):
