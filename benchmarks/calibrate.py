@@ -78,7 +78,7 @@ def main(*, nproc: int | None = None, json: bool = False) -> int:
             ours=scale * getattr(found, name),
             baseline=scale * getattr(base, name),
             baseline_name="built-in",
-            ratio=(getattr(found, name) / getattr(base, name)) ** (1 if name in RATES else -1),
+            ratio=(getattr(found, name) / getattr(base, name)) ** (-1 if name in SECONDS else 1),
             correct=True,
         )
         for name in (*CONSTANTS, "memory_bandwidth")
