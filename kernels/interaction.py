@@ -77,14 +77,12 @@ class DotInteraction(nn.Module):
     @contextlib.contextmanager
     def served_by(self, kernel: Any, device: str) -> Iterator[None]:
         """Meanwhile, `kernel` (as kernels/interactions/base.py has it) serves this kind of device."""
-        before = self._made.get(device)
+        before = dict(self._made)
         self._made[device] = Choice(name="given", why="by served_by", module=sys.modules[__name__]), kernel
         try:
             yield
         finally:
-            del self._made[device]
-            if before is not None:
-                self._made[device] = before
+            self._made = before
 
     def choice(self, device: torch.device | str) -> Choice:
         return self._on(torch.device(device))[0]

@@ -20,25 +20,26 @@ CANCEL_SECONDS = 60.0  # for the scheduler to say that the job has ended
 def status(text: str) -> dict[str, Any]:
     """handle, state, detail (the scheduler's words), run_dir, and of a run folder: status, step, steps_total, ..."""
     job = handles.find(text)
-    state, detail = _state(job, schedulers.named(job.kind))
+    there = schedulers.named(job.kind)
+    state, forgotten = _state(job, there)
     return {
         "handle": job.handle,
         "state": str(state),
-        "detail": detail,
+        "detail": f"by the run's report; {job.kind} has forgotten it" if forgotten else there.detail(job.id),
         "run_dir": str(job.run_dir) if job.run_dir else None,
         "progress": progress(job.run_dir) if job.run_dir else None,
     }
 
 
-def _state(job: handles.Submitted, there: Any) -> tuple[State, str]:
-    """The job's state, and the scheduler's words on it. What it has forgotten, the run's report may still tell."""
+def _state(job: handles.Submitted, there: Any) -> tuple[State, bool]:
+    """The job's state, and whether the scheduler has forgotten the job, so that the run's report tells it."""
     try:
-        return there.status(job.id), there.detail(job.id)
+        return there.status(job.id), False
     except Forgotten:
         state = _ENDS.get(rundir.report(job.run_dir).get("status")) if job.run_dir else None
         if state is None:
             raise
-        return state, f"by the run's report; {job.kind} has forgotten it"
+        return state, True
 
 
 def progress(run_dir: Path) -> dict[str, Any]:
