@@ -20,9 +20,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from benchmarks.base import Row, report
 from sharding import topology
-from sharding.cost import Kind, load, price
+from sharding.cost import Kind, load_alone
 from sharding.plan import AllTypesSharder
-from sharding.planner import Choice, Limits, solve
+from sharding.planner import Limits, solve
 from sharding.work import DenseWork, TableLoad, Work
 
 DENSE = DenseWork(flops_per_row=1.5e7, bytes_per_row=6e4, ops=150, parameters=2.5e6)
@@ -135,10 +135,7 @@ def stock(work: Work, cluster: topology.Topology) -> float:
         kind, where = _kind(parameter, cluster.world_size)
         kinds.append(kind)
         ranks.append(where)
-    prices = price(work, cluster, extra=kinds)
-    number = {kind.kind: k for k, kind in enumerate(prices.kinds)}
-    choices = [Choice(number[kind], where) for kind, where in zip(kinds, ranks, strict=True)]
-    return load(prices, choices).step_seconds
+    return load_alone(work, cluster, kinds, ranks).step_seconds
 
 
 def _kind(parameter, world: int) -> tuple[Kind, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.workload import SEED, Side
 from sharding import topology
-from sharding.cost import Choice, Load, load, price
+from sharding.cost import Load, load_alone
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.plan import Figures, rules_of, to_torchrec, work_of
 from sharding.planner import Solution, solve
@@ -115,9 +115,7 @@ def predicted(case: Case, cluster: topology.Topology) -> Load:
     """The case's plan priced with another machine's numbers."""
     choices = case.solution.choices
     kinds = [case.solution.prices.kinds[choice.kind].kind for choice in choices]
-    prices = price(case.work, cluster, extra=kinds, usual=False)
-    number = {priced.kind: i for i, priced in enumerate(prices.kinds)}
-    return load(prices, [Choice(number[kind], c.ranks) for kind, c in zip(kinds, choices, strict=True)])
+    return load_alone(case.work, cluster, kinds, [choice.ranks for choice in choices])
 
 
 def train(case: Case) -> Side:

@@ -224,6 +224,13 @@ def load(prices: Prices, choices: Sequence[Choice]) -> Load:
     return Load(prices, seconds, device, host, volume, used)
 
 
+def load_alone(work: Work, topology: Topology, kinds: Sequence[Kind], ranks: Sequence[tuple[int, ...]]) -> Load:
+    """A plan of which the kind of each table and the ranks of its parts are known, whoever made it."""
+    prices = price(work, topology, extra=kinds, usual=False)
+    number = {priced.kind: k for k, priced in enumerate(prices.kinds)}
+    return load(prices, [Choice(number[kind], where) for kind, where in zip(kinds, ranks, strict=True)])
+
+
 def price(work: Work, topology: Topology, *, extra: Sequence[Kind] = (), usual: bool = True) -> Prices:
     """Prices of all tables under all kinds that differ on this cluster, unless not `usual`, and the `extra` ones."""
     pricer = _Pricer(work, topology)
