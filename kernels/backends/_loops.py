@@ -142,11 +142,12 @@ def sort(pairs, spare, count, low, high, counts):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def collect(
-    features, columns, ids, offsets, bags, width, limit, slice_, slices, shift, scratch, pooled, mean, D, SCALED
+    features, columns, ids, offsets, bags, width, limit, slice_, slices, shift, scratch, pooled, mean, dim, SCALED
 ):
     """pairs[k] = row << shift | place of its gradient, of the rows of one slice; how many, or -1 for a bad id.
 
     place: where the gradient starts in grad; if SCALED the number i of the id, and places[i] is that place.
+    dim: D, not as a literal, so that one compilation serves all widths.
     """
     pairs, places, inverses = scratch
     count, total = uint64(0), uint64(len(ids))
@@ -165,7 +166,7 @@ def collect(
                 if slices > uint64(1) and ((row * uint64(0x9E3779B97F4A7C15)) >> uint64(40)) % slices != slice_:
                     continue
                 if not pooled:
-                    place = i * uint64(D)
+                    place = i * dim
                 if SCALED:
                     places[i] = place
                     inverses[i] = float32(1.0) / float32(end - first) if mean else float32(1.0)
@@ -220,7 +221,7 @@ def learn(
         slice_, slices = uint64(parts[p, 1]), uint64(parts[p, 2])
         room = (pairs, places, inverses)
         found = collect(
-            of, columns, ids, offsets, bags, width, limit, slice_, slices, shift, room, pooled, mean, D, SCALED
+            of, columns, ids, offsets, bags, width, limit, slice_, slices, shift, room, pooled, mean, uint64(D), SCALED
         )
         if found < 0:
             return False
