@@ -5,6 +5,9 @@ cause and decides for all: done, over, or once more from the newest checkpoint. 
 left in errors/ and logs/ into attempt_K/ of each, notes why attempt K was needed (trainer/restarts.py) and adds an
 event to metrics.jsonl; TABLEMESH_ATTEMPT tells the ranks to resume.
 
+A job that a scheduler queues again whenever it was stopped (exit code 75) ends for good when that happens STOPS times
+with no new checkpoint between: it would be queued for ever.
+
 No restart helps where the cause is the user's, a loss that is not finite, or a wish to stop; nor where a whole node is
 gone: that one only the scheduler can replace.
 """
@@ -21,8 +24,10 @@ from launch.agent import Agent
 from launch.failure import Failure
 from launch.job import Job
 from launch.roll_call import Nodes
+from trainer import runlog
 from trainer.restarts import Restart
 
+STOPS = 4  # more than a few evictions in a row make likely
 RESTART_SECONDS = 1.0  # between two attempts of several nodes: sockets of the last one close
 AGAIN = "again"
 _FINAL = ("user", "nan", "interrupted")  # kinds of failure that a restart would meet again, or that nobody wants undone
@@ -50,6 +55,7 @@ def run(
     module: str,
     restarts: int = 0,
     first: int = 0,
+    queued: bool = False,
     again: Callable[[Failure], None] = lambda why: None,
     conclude: Callable[[Failure], None] = lambda ended: None,
 ) -> int:
@@ -57,6 +63,7 @@ def run(
 
     first: number of the first attempt among all that these nodes make together: each has its own port and its own
         words in the nodes' store.
+    queued: whether exit code 75 has a scheduler start the job again by itself.
     again, conclude: called on node 0, before the others hear of it, with the cause of a restart, and with that of the
         end when the job is over and has not succeeded.
     """
@@ -76,6 +83,9 @@ def run(
                 _prepare_restart(agent, job, ended, number=attempt + 1, of=restarts)
                 again(ended)
             elif ended is not None:
+                if queued and verdict == "75":
+                    ended = _count_stop(job, ended)
+                    verdict = str(ended.exit_code)
                 conclude(ended)
             nodes.tell(turn, verdict)
         if verdict != AGAIN:
@@ -112,6 +122,27 @@ def _decide(job: Job, codes: list[int | None], *, again: bool, oom_kills: int) -
     if again and not silent and ended.kind not in _FINAL:
         return AGAIN, ended
     return str(ended.exit_code), ended
+
+
+def _count_stop(job: Job, ended: Failure) -> Failure:
+    """Note the stop in metrics.jsonl; another cause where it is the STOPS-th with no new checkpoint between."""
+    rundir.append_event(job.run_dir, "stopped")
+    stops, step = 0, None
+    for event in runlog.events(job.run_dir / "metrics.jsonl"):
+        if event["event"] == "checkpoint":
+            stops, step = 0, event.get("step")
+        elif event["event"] == "end" and event.get("status") == "failed":  # as below: the user has heard of it
+            stops = 0
+        elif event["event"] == "stopped":
+            stops += 1
+    if stops < STOPS:
+        return ended
+    last = "there is none" if step is None else f"the last one is of step {step}"
+    message = (
+        f"stopped {stops} times with no new checkpoint between ({last}), so the job is not queued again: it needs "
+        "longer to start than it is left to run; give it more time (--time) and submit the run again"
+    )
+    return Failure(kind="user", message=message, exit_code=2)
 
 
 def _prepare_restart(agent: Agent, job: Job, why: Failure, *, number: int, of: int) -> None:

@@ -16,7 +16,8 @@ environment variable with node 0's address. In order:
    --restarts allows, from the newest checkpoint.
 5. Node 0 finds the cause of a failure, writes it into the report and prints it.
 
-Exit code: 0 done, 2 the user's input was wrong, 75 stopped after a checkpoint (queue the job again), 1 anything else.
+Exit code: 0 done, 2 the user's input was wrong, 75 stopped after a checkpoint (queue the job again; not for ever,
+see launch/attempts.py), 1 anything else.
 """
 
 import argparse
@@ -154,6 +155,7 @@ def _run(args: argparse.Namespace, work: job.Job, nodes: roll_call.Nodes, starte
         module=args.module,
         restarts=args.restarts,
         first=1 if args.preflight else 0,
+        queued=True,
         again=again,
         conclude=conclude,
     )

@@ -1,6 +1,5 @@
 """A job that was submitted earlier, by its handle: state, progress, output, end."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from launch import handles, rundir, schedulers
 from launch import job as jobs
 from launch.progress import Display
 from launch.schedulers.base import Forgotten, State
+from trainer import runlog
 
 _ENDS = {"finished": State.SUCCEEDED, "failed": State.FAILED, "interrupted": State.CANCELLED}  # of report.json
 CANCEL_SECONDS = 60.0  # for the scheduler to say that the job has ended
@@ -45,12 +45,8 @@ def _state(job: handles.Submitted, there: Any) -> tuple[State, bool]:
 def progress(run_dir: Path) -> dict[str, Any]:
     """How far the run has come, from metrics.jsonl; its status and error from report.json."""
     found: dict[str, Any] = {"status": None, "step": None, "steps_total": None, "samples_per_second": None, "auc": None}
-    for line in following.Lines(run_dir / "metrics.jsonl").new():
-        try:
-            event = json.loads(line)
-        except ValueError:  # a rank was killed in the middle of a line
-            continue
-        if event.get("event") in ("start", "train", "eval"):
+    for event in runlog.events(run_dir / "metrics.jsonl"):
+        if event["event"] in ("start", "train", "eval"):
             found |= {key: event[key] for key in found if event.get(key) is not None}
     report = rundir.report(run_dir)
     return found | {"status": report.get("status"), "error": (report.get("error") or {}).get("message")}

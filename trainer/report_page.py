@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from trainer import report_saves, report_tables
+from trainer import report_saves, report_tables, runlog
 from trainer.charts import Rule, Series, calibration_chart, line_chart
 from trainer.words import bound_text, count, duration, figure, milliseconds, moment, percent, runs, size
 
@@ -54,7 +54,7 @@ def template() -> Template:
 def view(run_dir: Path) -> dict[str, Any]:
     """Every value the template uses."""
     report = _json(run_dir / "report.json")
-    events = _events(run_dir / "metrics.jsonl")
+    events = runlog.events(run_dir / "metrics.jsonl")
     plan = _json(run_dir / "plan.json")
     config = run_dir / "config.toml"
     start = next((e for e in reversed(events) if e["event"] == "start"), {})
@@ -445,23 +445,6 @@ def _json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _events(path: Path) -> list[dict]:
-    """The events in order; a line cut off by a crash is passed over."""
-    found = []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            found.append(event)
-    return found
 
 
 def _by_step(events: list[dict], kind: str) -> list[dict]:

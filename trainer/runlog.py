@@ -11,6 +11,7 @@ Every event has "event" and "time" (unix seconds); the kinds and their keys:
     checkpoint  step, path, bytes, seconds (to write it), pause_seconds (the steps stood still), background, delta
     resume      step, path, passed_over: the run goes on after this step; what was logged of later ones is void
     restart     number, of, rank, kind, message: the ranks failed and are started again (written by their agent)
+    stopped     the job was stopped and is to be queued again (written by its first node)
     message     level (info, warning), text
     end         status (finished, failed, interrupted), seconds
 """
@@ -57,3 +58,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics.jsonl in order, none where there is no file; a line cut off by a crash is passed over."""
+    found = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
+    return found
