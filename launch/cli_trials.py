@@ -121,6 +121,7 @@ def compare_tables(
         print_json(found | {"report_html": str(page)})
     else:
         console.print(figures.comparison(found))
+        console.print()
         for one in refused:
             console.print(f"left out: {one['kind']} at {one['budget']:g}: {escape(one['why'])}", highlight=False)
         console.print(f"comparison: [link=file://{page}]{escape(shown(page))}[/link]", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from launch.progress import count, size
@@ -54,12 +55,15 @@ def _gap(gap: float) -> str:
 
 def comparison(found: dict[str, Any]) -> Table:
     """Kinds and budgets of compare.json, the largest budget first."""
-    grid = Table(title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("kind", "budget", "bytes", "AUC", "spread", "log loss", "samples/s", "look-up ms"):
-        grid.add_column(heading, justify="left" if heading == "kind" else "right", overflow="fold")
-    for entry in sorted(found["summary"], key=lambda e: (-e["budget"], -e["auc"])):
+    from trainer.compare import by_budget, kind_lines
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    grid.add_column("kind", vertical="bottom", overflow="fold")
+    for heading in ("budget", "bytes", "AUC", "spread", "log\nloss", "samples\n/s", "look-up\nms"):
+        grid.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for entry in by_budget(found["summary"]):
         grid.add_row(
-            entry["kind"],
+            escape("\n".join(kind_lines(entry["kind"]))),
             f"{entry['budget']:g}",
             size(entry["bytes"]),
             f"{entry['auc']:.4f}",

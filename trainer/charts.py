@@ -1,6 +1,10 @@
 """Line and scatter charts as inline SVG, without scripts or fonts of their own; colours are CSS classes of the page.
 
-Every chart carries its points in `data-hover`, from which the page's script shows a tooltip; they read without it too.
+    line_chart(...), calibration_chart(...)    a figure of a page
+    picture(charts)                            line charts side by side as an SVG file of its own
+
+Every chart of a page carries its points in `data-hover`, from which the page's script shows a tooltip; they read
+without it too.
 """
 
 import json
@@ -8,6 +12,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -19,13 +25,17 @@ MAX_POINTS = 400  # of one curve: more than the pixels that show it
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve.  colour: 1..8, a class of the page; dots: mark the points; line: join them."""
+    """One curve.  colour: 1..8, a class of the page; dots: mark the points; line: join them.
+
+    spans: (x, low, high), drawn as bars through the points.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
     line: bool = True
     dots: bool = False
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +47,57 @@ class Rule:
     above: bool = True  # where the label stands
 
 
-def line_chart(
-    *,
-    title: str,
-    x_label: str,
-    series: Sequence[Series],
-    format_y: Callable[[float], str],
-    rules: Sequence[Rule] = (),
-    from_zero: bool = False,
-) -> Markup:
-    """The figure; empty when no series has a point."""
-    series = [s for s in series if s.points]
-    if not series:
+@dataclass(frozen=True, kw_only=True)
+class LineChart:
+    """x_ticks: where the x axis has numbers; None: at round ones."""
+
+    title: str
+    x_label: str
+    series: Sequence[Series]
+    format_y: Callable[[float], str]
+    rules: Sequence[Rule] = ()
+    from_zero: bool = False
+    x_ticks: Sequence[float] | None = None
+
+
+def line_chart(**chart: Any) -> Markup:
+    """The figure of a LineChart; empty when no series has a point."""
+    found = _drawn(LineChart(**chart))
+    if found is None:
         return Markup("")
+    series, parts, hover = found
+    return _figure(chart["title"], _legend(series), parts, hover)
+
+
+def picture(charts: Sequence[LineChart]) -> str:
+    """Charts of the same series side by side, with one legend, as an SVG file: light or dark as the reader has it."""
+    found = [(chart.title, *drawn) for chart in charts if (drawn := _drawn(chart))]
+    width = WIDTH * len(found)
+    keys, below = _keys(found[0][1] if found else (), width)
+    top = below + 24
+    css = "".join(Path(__file__).with_name(name).read_text() for name in ("colours.css", "charts.css"))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + HEIGHT}" '
+        f'viewBox="0 0 {width} {top + HEIGHT}" font-family="sans-serif"><style>{css}</style>'
+        f'<rect width="{width}" height="{top + HEIGHT}" fill="var(--card)"/>',
+        *keys,
+    ]
+    for i, (title, _, drawn, _) in enumerate(found):
+        parts.append(f'<text class="title" x="{i * WIDTH + LEFT}" y="{below + 14}">{escape(title)}</text>')
+        parts.append(f'<g transform="translate({i * WIDTH} {top})">{"".join(drawn)}</g>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _drawn(chart: LineChart) -> tuple[list[Series], list[str], list[dict]] | None:
+    """(the series that have points, SVG elements of a chart of WIDTH x HEIGHT, its tooltips); None without a point."""
+    series = [s for s in chart.series if s.points]
+    if not series:
+        return None
+    rules = chart.rules
     series = [Series(**{**vars(s), "points": _thinned(s.points)}) for s in series]
     x_low, x_high = _extent([x for s in series for x, _ in s.points])
-    y_low, y_high = _visible([y for s in series for _, y in s.points], [r.value for r in rules], from_zero=from_zero)
+    values = [y for s in series for y in (*(y for _, y in s.points), *(y for _, *ends in s.spans for y in ends))]
+    y_low, y_high = _visible(values, [r.value for r in rules], from_zero=chart.from_zero)
 
     def px(x: float) -> float:
         return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
@@ -60,16 +105,19 @@ def line_chart(
     def py(y: float) -> float:
         return round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [*_axes(x_low, x_high, y_low, y_high, px, py), _axis_title(x_label)]
+    x_ticks = ticks(x_low, x_high, 7) if chart.x_ticks is None else chart.x_ticks
+    parts = [*_axes(x_ticks, y_low, y_high, px, py), _axis_title(chart.x_label)]
     for rule in rules:
         y = py(rule.value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-    clip = "clip-" + re.sub(r"\W+", "-", title)
+    clip = "clip-" + re.sub(r"\W+", "-", chart.title)
     parts.append(
-        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 5}" '
+        f'<clipPath id="{clip}"><rect x="{LEFT - 5}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 10}" '
         f'height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath><g clip-path="url(#{clip})">'
     )
     for s in series:
+        parts += [f'<path class="span s{s.colour}" d="M{px(x)} {py(a)}V{py(b)}"/>' for x, a, b in s.spans]
+    for s in sorted(series, key=lambda s: len(s.points) == 1):  # a point alone would vanish below the curves
         at = [(px(x), py(y)) for x, y in s.points]
         if s.line and len(at) > 1:
             path = " ".join(f"{x},{y}" for x, y in at)
@@ -81,7 +129,7 @@ def line_chart(
         y = py(rule.value) + (-6 if rule.above else 15)
         label = escape(rule.label)
         parts.append(f'<text class="rule-label" text-anchor="end" x="{WIDTH - RIGHT - 2}" y="{y}">{label}</text>')
-    return _figure(title, _legend(series), parts, _hover(series, px, py, x_label, format_y))
+    return series, parts, _hover(series, px, py, chart.x_label, chart.format_y)
 
 
 def calibration_chart(*, title: str, bins: Sequence[dict[str, float]]) -> Markup:
@@ -97,7 +145,7 @@ def calibration_chart(*, title: str, bins: Sequence[dict[str, float]]) -> Markup
     def py(y: float) -> float:
         return round(HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [*_axes(0, top, 0, top, px, py), _axis_title("predicted probability")]
+    parts = [*_axes(ticks(0, top, 7), 0, top, px, py), _axis_title("predicted probability")]
     parts.append(f'<line class="rule" x1="{px(0)}" y1="{py(0)}" x2="{px(top)}" y2="{py(top)}"/>')
     parts.append(f'<text class="rule-label" text-anchor="end" x="{px(top) - 36}" y="{py(top) + 12}">calibrated</text>')
     parts.append(f'<text class="tick" x="{LEFT + 8}" y="{TOP + 10}">share that said yes</text>')
@@ -129,7 +177,7 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-def _axes(x_low, x_high, y_low, y_high, px, py) -> list[str]:
+def _axes(x_ticks, y_low, y_high, px, py) -> list[str]:
     parts = []
     y_ticks = ticks(y_low, y_high, 6)
     decimals = max((len(f"{t:.10f}".rstrip("0").split(".")[1]) for t in y_ticks), default=0)
@@ -137,7 +185,7 @@ def _axes(x_low, x_high, y_low, y_high, px, py) -> list[str]:
         y, label = py(t), f"{t:.{decimals}f}" if abs(t) < 1000 else short(t)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{y + 4}">{label}</text>')
-    for t in ticks(x_low, x_high, 7):
+    for t in x_ticks:
         x = px(t)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         parts.append(f'<text class="tick" text-anchor="{anchor}" x="{x}" y="{HEIGHT - BOTTOM + 17}">{short(t)}</text>')
@@ -159,6 +207,21 @@ def _legend(series: Sequence[Series]) -> str:
         for s in series
     )
     return f'<div class="legend">{items}</div>'
+
+
+def _keys(series: Sequence[Series], width: int) -> tuple[list[str], int]:
+    """(the legend in SVG, in lines as wide as the picture, the y below it)."""
+    parts, x, y = [], LEFT, 20
+    for s in series:
+        wide = 34 + 7 * len(s.name)  # a generous 7 pixels a letter
+        if x > LEFT and x + wide > width - RIGHT:
+            x, y = LEFT, y + 18
+        line = f'<path class="curve s{s.colour}" d="M{x} {y - 4}h16"/>'
+        dot = f'<circle class="dot s{s.colour}" cx="{x + 8}" cy="{y - 4}" r="4"/>'
+        parts.append(line if len(s.points) > 1 else dot)
+        parts.append(f'<text class="key-name" x="{x + 22}" y="{y}">{escape(s.name)}</text>')
+        x += wide
+    return parts, y + 12
 
 
 def _hover(series, px, py, x_label, format_y) -> list[dict]:

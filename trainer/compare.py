@@ -2,22 +2,28 @@
 
     plan_cells(config, dataset, kinds=..., budgets=..., seeds=...) -> (cells, refused)
     run_cells(cells, folder, ...) -> rows             trained here, or read back where they were trained before
-    summary(rows, ...), write(folder, ...)            compare.json and compare.html
+    summary(rows, ...), write(folder, ...)            compare.json, compare.html and compare.svg
 
 A cell is a whole config: the base config in which `fit` of the kind (sharding/tables/base.py) has chosen every table's
 options for the budget.  It is trained by one rank; several cells are trained beside each other, each process taking one
 after the other.  A cell's figures are kept in FOLDER/cells under a hash of its config and the data, so that a
 comparison that was stopped, or gets more budgets or seeds, trains only what is missing.
+
+Speeds: samples/s is the median of the steps' rates, the look-up's time the median over LOOKUPS of them on different
+batches, and of both the median over seeds is shown.  A machine's own pace drifts by a third within minutes, so cells
+are trained seed by seed: a slow minute falls on many kinds once, not on all seeds of one.
 """
 
 import hashlib
 import json
 import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +31,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kernels import registry
 from kernels.errors import UserError
-from sharding.tables.base import ROW_TYPES, Table
+from sharding.tables.base import ROW_TYPES, OptionError, Table
 from trainer import config as configs
 from trainer import report
-from trainer.charts import Rule, Series, line_chart
+from trainer.charts import LineChart, Series, line_chart, picture
 from trainer.config import Config
 from trainer.data.dataset import Dataset
 from trainer.data.parquet import open_dataset
 from trainer.tables import overrides_of, resolve, with_overrides
 
-LATENCY_BATCHES = 30
+LOOKUPS, LOOKUP_BATCHES = 100, 10
 ROW_TYPE = "row_type"  # of --kinds, beside the options of a kind
 WARM_UP = 5  # steps and look-ups left out of times
+MEASURED = 2  # raised when cells are measured in another way: those kept from before are then trained again
+KIND_WIDTH = 18  # letters, of the 80 of a terminal
+MOST_TICKS = 8  # of budgets, below the charts
+SPREAD = ("auc", "logloss", "train_samples_per_second", "lookup_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,8 @@ def plan_cells(
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """The cells, and {"kind", "budget", "why"} of each kind and budget that cannot be.
 
-    Seeds follow the config's.  Raises UserError for a kind that is unknown, has no `fit` or refuses its options.
+    Seeds follow the config's, and cells come seed by seed.  Raises UserError for a kind that is unknown, has no `fit`
+    or has no such options.
     """
     base = [replace(table, kind="standard", options={}) for table in resolve(config, dataset).tables]
     full = sum(table.bytes for table in base)
@@ -90,6 +101,8 @@ def plan_cells(
         for budget in budgets:
             try:
                 fitted = module.fit(tables, round(budget * full))
+            except OptionError as error:
+                raise UserError(f"--kinds {text!r}: {error}") from None
             except UserError as error:
                 refused.append({"kind": text, "budget": budget, "why": str(error)})
                 continue
@@ -98,13 +111,13 @@ def plan_cells(
                 cells.append(_cell(config, dataset, text, budget, seed, fitted))
         if not fitting and len(budgets) == 1 and len(kinds) == 1:
             raise UserError(refused[-1]["why"])
-    return cells, refused
+    return sorted(cells, key=lambda cell: cell.seed), refused
 
 
 def _cell(config: Config, dataset: Dataset, kind: str, budget: float, seed: int, tables: Sequence[Table]) -> Cell:
     changed = with_overrides(config, overrides_of(tables)).model_copy(update={"seed": seed})
     text = changed.located().to_toml()
-    key = hashlib.sha256(f"{text}\n{dataset.fingerprint}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{text}\n{dataset.fingerprint}\n{MEASURED}".encode()).hexdigest()[:20]
     return Cell(kind=kind, budget=budget, seed=seed, config=text, key=key)
 
 
@@ -128,7 +141,8 @@ def run_cells(
             try:
                 for future in as_completed(futures):
                     cell = futures[future]
-                    report.write_json(kept, future.result(), name=f"{cell.key}.json")
+                    beside = {"processes": workers, "threads": threads}
+                    report.write_json(kept, future.result() | beside, name=f"{cell.key}.json")
                     done += 1
                     progress(done, len(cells), f"{cell.kind} at {cell.budget:g}, seed {cell.seed}")
             except BaseException:
@@ -182,14 +196,14 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         clip=config.optim.clip_grad_norm,
     )
     built.model.train()
-    samples, seconds = 0, 0.0
+    rates: list[float] = []
     batches = _endless(reader)
     try:
         for step in range(steps):
             started = time.perf_counter()
             _, _, batch = pipeline.step(batches)
             if step >= WARM_UP or steps <= WARM_UP:
-                samples, seconds = samples + batch.rows_in_step, seconds + time.perf_counter() - started
+                rates.append(batch.rows_in_step / (time.perf_counter() - started))
     finally:
         batches.close()
     with pipeline.paused():
@@ -215,7 +229,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "rows_used": _rows_used(built),
         "auc": figures["auc"],
         "logloss": figures["logloss"],
-        "train_samples_per_second": samples / seconds,
+        "train_samples_per_second": statistics.median(rates),
         "lookup_ms": latency,
         "lookup_rows": test.order.batch_size,
         "steps": steps,
@@ -241,16 +255,16 @@ def _endless(reader: Any) -> Iterator[Any]:
 
 
 def _lookup_ms(built: Any, reader: Any) -> float:
-    """Median milliseconds of the look-up alone, of a batch of `reader`, without gradients."""
+    """Median milliseconds of the look-up alone, of batches of `reader`, without gradients."""
     import torch
 
     with reader.batches(epoch=0) as batches:
-        ids = next(iter(batches)).to(built.world.device).ids
+        ids = [batch.to(built.world.device).ids for batch in islice(batches, LOOKUP_BATCHES)]
     times = []
     with torch.no_grad():
-        for _ in range(WARM_UP + LATENCY_BATCHES):
+        for turn in range(WARM_UP + LOOKUPS):
             started = time.perf_counter()
-            built.model.module.embeddings(ids)
+            built.model.module.embeddings(ids[turn % len(ids)])
             if built.world.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - started))
@@ -258,20 +272,21 @@ def _lookup_ms(built: Any, reader: Any) -> float:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per kind and budget: means over seeds, and the spread (largest minus smallest) of AUC and log loss."""
+    """One entry per kind and budget: means over seeds of AUC and log loss, medians of speeds; of each the "_range",
+    [smallest, largest], and the "_spread" between them."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kind"], row["budget"]), []).append(row)
     found = []
     for (kind, budget), members in groups.items():
         entry: dict[str, Any] = {"kind": kind, "budget": budget, "seeds": len(members), "bytes": members[0]["bytes"]}
-        for key in ("auc", "logloss"):
+        for key in SPREAD:
             values = [member[key] for member in members]
-            entry |= {key: statistics.fmean(values), f"{key}_spread": max(values) - min(values)}
+            middle = statistics.fmean(values) if key in ("auc", "logloss") else statistics.median(values)
+            low, high = min(values), max(values)
+            entry |= {key: middle, f"{key}_range": [low, high], f"{key}_spread": high - low}
         if all("rows_used" in member for member in members):
             entry["rows_used"] = max(member["rows_used"] for member in members)
-        for key in ("train_samples_per_second", "lookup_ms"):
-            entry[key] = statistics.median(member[key] for member in members)
         found.append(entry)
     return found
 
@@ -303,8 +318,9 @@ def full_bytes(config: Config, dataset: Dataset) -> int:
 
 
 def write(folder: Path, found: dict[str, Any]) -> Path:
-    """FOLDER/compare.json and FOLDER/compare.html, whose path it returns."""
+    """FOLDER/compare.json, compare.svg and compare.html, whose path it returns."""
     report.write_json(folder, found, name="compare.json")
+    report.write_text(folder / "compare.svg", picture(_charts(found)[:2]))
     return report.write_text(folder / "compare.html", render(found))
 
 
@@ -314,40 +330,61 @@ def render(found: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(count=count, size=size, figure=figure)
-    kinds = list(dict.fromkeys(entry["kind"] for entry in found["summary"]))
-    best = found["bayes"]
-
-    def chart(title: str, key: str, digits: str, rules: Sequence[Rule] = (), *, from_zero: bool = False) -> Any:
-        series = [
-            Series(
-                name=kind,
-                colour=i % 8 + 1,
-                dots=True,
-                points=sorted((e["budget"], e[key]) for e in found["summary"] if e["kind"] == kind),
-            )
-            for i, kind in enumerate(kinds)
-        ]
-        return line_chart(
-            title=title,
-            x_label="byte budget, of the full size",
-            series=series,
-            format_y=digits.format,
-            rules=rules,
-            from_zero=from_zero,
-        )
-
-    charts = [
-        chart("AUC", "auc", "{:.4f}"),
-        chart("Log loss", "logloss", "{:.4f}"),
-        chart("Training, samples per second", "train_samples_per_second", "{:,.0f}", from_zero=True),
-        chart("Look-up of a batch, ms", "lookup_ms", "{:.2f} ms", from_zero=True),
-    ]
+    environment.filters.update(count=count, size=size, figure=figure, kind_lines=kind_lines)
+    charts = [line_chart(**vars(chart)) for chart in _charts(found)]
+    beside = {(row["processes"], row["threads"]) for row in found["rows"] if "processes" in row}
     return environment.get_template("compare.html.j2").render(
-        found=found, charts=[c for c in charts if c], best=best, by_budget=_by_budget(found["summary"])
+        found=found,
+        charts=[chart for chart in charts if chart],
+        best=found["bayes"],
+        by_budget=by_budget(found["summary"]),
+        beside=sorted(beside),
     )
 
 
-def _by_budget(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _charts(found: dict[str, Any]) -> list[LineChart]:
+    """AUC, log loss and the two speeds by byte budget."""
+    kinds = list(dict.fromkeys(entry["kind"] for entry in found["summary"]))
+    budgets = sorted({entry["budget"] for entry in found["summary"]})
+
+    def series(i: int, kind: str, key: str) -> Series:
+        entries = sorted((e for e in found["summary"] if e["kind"] == kind), key=lambda e: e["budget"])
+        return Series(
+            name=kind,
+            colour=i % 8 + 1,
+            dots=True,
+            points=[(e["budget"], e[key]) for e in entries],
+            spans=[(e["budget"], *e[f"{key}_range"]) for e in entries],
+        )
+
+    return [
+        LineChart(
+            title=title,
+            x_label="byte budget, of the full size",
+            series=[series(i, kind, key) for i, kind in enumerate(kinds)],
+            format_y=digits.format,
+            from_zero=from_zero,
+            x_ticks=budgets if len(budgets) <= MOST_TICKS else None,
+        )
+        for title, key, digits, from_zero in (
+            ("AUC", "auc", "{:.4f}", False),
+            ("Log loss", "logloss", "{:.4f}", False),
+            ("Training, samples per second", "train_samples_per_second", "{:,.0f}", True),
+            ("Look-up of a batch, ms", "lookup_ms", "{:.2f} ms", True),
+        )
+    ]
+
+
+def kind_lines(kind: str) -> list[str]:
+    """A kind and its options in lines of at most KIND_WIDTH letters, cut after colons, so that tables stay narrow."""
+    lines = [""]
+    for part in re.split("(?<=:)", kind):
+        if lines[-1] and len(lines[-1] + part) > KIND_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def by_budget(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Largest budget first, the best AUC first within one."""
     return sorted(entries, key=lambda e: (-e["budget"], -e["auc"]))

@@ -76,6 +76,10 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class OptionError(UserError):
+    """Options that the kind does not have, or values that they cannot have."""
+
+
 Read = TypeVar("Read", bound=Options)
 
 
@@ -137,19 +141,22 @@ class Table:
         )
 
     def read(self, options: type[Read], *, of: Mapping[str, Any] | None = None) -> Read:
-        """Its options (or others) as the kind's own class; UserError that names table and key."""
+        """Its options (or others) as the kind's own class; OptionError that names table and key."""
         try:
             return options.model_validate(self.options if of is None else of)
         except ValidationError as error:
             lines = [self._complaint(options, e) for e in error.errors(include_url=False)]
-            raise UserError("\n".join(lines)) from None
+            raise OptionError("\n".join(lines)) from None
 
     def _complaint(self, options: type[Options], error: Any) -> str:
         key = ".".join(str(part) for part in error["loc"])
         start = f"table {self.name!r}, kind {self.kind!r}: "
         if error["type"] == "extra_forbidden":
             known = sorted(options.model_fields)
-            return f"{start}unknown option {key!r}; " + (registry.nearest(key, known) if known else "it has none")
+            if not known:
+                return f"{start}unknown option {key!r}; it has none"
+            found = registry.nearest(key, known)
+            return f"{start}unknown option {key!r}; {found}" + (f" (of {', '.join(known)})" if "?" in found else "")
         if error["type"] == "missing":
             return f"{start}the option {key!r} is missing"
         message = error["msg"].removeprefix("Value error, ")

@@ -20,7 +20,9 @@ def reference(table: Table, feature: str, id: int, weights: Mapping[str, Tensor]
 
 
 def fit(tables: Sequence[Table], budget: int) -> tuple[Table, ...]:
-    """The tables as they are, or UserError: there is nothing to choose."""
+    """The tables as they are, or UserError: there is nothing to choose, and there are no options."""
+    for table in tables:
+        table.read(Options)
     size = sum(table.bytes for table in tables)
     if size > budget:
         raise too_small(tables, budget, size, "a row for every id")

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -109,12 +110,16 @@ def test_filters_are_in_the_budget_or_the_cell_is_refused_with_its_reason():
         ("standard:row_type=int4", ["int4", "int8"]),
         ("hasht", ["hasht", "hashed"]),
         ("unified:two", ["'two'", "option=value"]),
-        ("hashed:seds=2", ["seds", "seeds"]),
+        ("hashed:seds=2", ["--kinds 'hashed:seds=2'", "'seds'", "'seeds'", "combine, hash"]),
+        ("standard:lookups=2", ["'lookups'", "it has none"]),
+        ("unified:lookups=0", ["lookups = 0"]),
+        ("mixed_dim:alpha=wide", ["alpha = 'wide'"]),
+        ("collisionless:evict=fifo", ["evict = 'fifo'", "lru"]),
     ],
 )
 def test_a_kind_that_cannot_be_read_is_named(kind, words):
-    with pytest.raises(UserError) as error:
-        compare.plan_cells(config({"dim": 8}), DATASET, kinds=[kind], budgets=[0.5], seeds=1)
+    with pytest.raises(UserError) as error:  # also where others are right, and other budgets
+        compare.plan_cells(config({"dim": 8}), DATASET, kinds=["hashed", kind], budgets=[1.0, 0.5], seeds=1)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -123,6 +128,17 @@ def row(kind, budget, seed, auc):
         "kind": kind, "budget": budget, "seed": seed, "bytes": int(1000 * budget), "auc": auc, "logloss": 1 - auc,
         "train_samples_per_second": 1e5, "lookup_ms": 1.5, "split": "test",
     }  # fmt: skip
+
+
+def test_cells_come_seed_by_seed():
+    cells, _ = compare.plan_cells(config({"dim": 8}), DATASET, kinds=["hashed", "unified"], budgets=[1.0, 0.5], seeds=2)
+    assert [cell.seed for cell in cells] == [1] * 4 + [2] * 4
+
+
+def test_long_kinds_are_cut_after_colons():
+    lines = compare.kind_lines("collisionless:admit_after=10:evict=lfu")
+    assert lines == ["collisionless:", "admit_after=10:", "evict=lfu"]
+    assert compare.kind_lines("unified:lookups=2") == ["unified:lookups=2"]
 
 
 def test_finished_cells_are_read_back_and_the_page_stands_alone(tmp_path):
@@ -139,6 +155,10 @@ def test_finished_cells_are_read_back_and_the_page_stands_alone(tmp_path):
     found = compare.result(config({"dim": 8}), DATASET, rows, refused, FULL)
     (entry,) = found["summary"]
     assert entry["auc"] == pytest.approx(0.72) and entry["auc_spread"] == pytest.approx(0.04)
+    assert entry["auc_range"] == [0.70, 0.74] and entry["train_samples_per_second_spread"] == 0
     page = compare.write(tmp_path, found).read_text()
+    drawn = ElementTree.fromstring((tmp_path / "compare.svg").read_text())
+    assert [e.text for e in drawn.iter() if e.get("class") == "title"] == ["AUC", "Log loss"]
+    assert len([e for e in drawn.iter() if e.get("class") == "span s1"]) == 2
     assert "0.7200" in page and "below the smallest possible" in page and "http" not in page.split("</style>")[1]
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["auc"] == 0.70
