@@ -8,7 +8,7 @@ launch/what_if.py                the same work on several clusters
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from sharding.bound import Options
 from sharding.cost import Choice, Kind, Prices, load, price
 from sharding.embeddings import Embeddings
 from sharding.explain import explain, parts_of
-from sharding.plan import describe_solution, rules_of
+from sharding.plan import check_can_be, describe_solution, rules_of
 from sharding.planner import Infeasible, Limits, Rule, Solution
 from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
-from sharding.ways_out import ways_out
+from sharding.ways_out import WayOut, ways_out
 from sharding.work import Work
 
 
@@ -36,6 +36,7 @@ class Asked:
     """What is to be planned.  profiles: those beside the built-in ones.  again: the same on another cluster.
 
     with_tables: the same with these overrides (trainer.config.TableOverride) after the config's own.
+    with_fbgemm: the same with FBGEMM's kernels; None where they are what it has, or lack what it asks for.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Asked:
     profiles: Mapping[str, Topology]
     again: Callable[[Topology], "Asked"]
     with_tables: Callable[[Sequence[Any]], "Asked"]
+    with_fbgemm: Callable[[], "Asked"] | None
 
     def on(self, cluster: str) -> "Asked":
         """The same on another cluster.  UserError where a table's own sharding does not fit it."""
@@ -89,16 +91,22 @@ def make(
             changed = with_overrides(config, overrides)
             return asked_on(cluster, changed, planning.on_meta(changed, data))
 
+        def with_fbgemm() -> Asked:
+            kernels = config.kernels.model_copy(update={"embedding_bag": "fbgemm"})
+            return asked_on(cluster, config.model_copy(update={"kernels": kernels}), model)
+
+        int8 = any(table.row_type == "int8" for table in model.tables.tables)
         return Asked(
             name=config.name,
             work=planning.work_of_config(config, data, model, device=cluster.device),
             cluster=cluster,
             embeddings=model.embeddings,
-            rules=rules_of(model.embeddings, cluster, planning.constraints_of(config)),
+            rules=rules_of(model.embeddings, cluster, planning.constraints_of(config, device=cluster.device)),
             limits=planning.limits_of(config, cluster),
             profiles=known,
             again=lambda other: asked_on(other, config, model),
             with_tables=with_tables,
+            with_fbgemm=None if int8 or planning.has_fbgemm(config, cluster.device) else with_fbgemm,
         )
 
     return asked_on(found, config, planning.on_meta(config, data))
@@ -132,7 +140,7 @@ def answer(asked: Asked) -> dict[str, Any]:
         solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     except Infeasible as short:
         ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
-        ways += ways_by_kind(asked)
+        ways += [*_way_by_kernel(asked), *ways_by_kind(asked)]
         return {
             "feasible": False,
             "cluster": asked.cluster.title,
@@ -148,6 +156,19 @@ def answer(asked: Asked) -> dict[str, Any]:
         "simulated": figures(step, solution.prices.work.batch_size),
         "plan": describe_solution(solution, asked.embeddings),
     }
+
+
+def _way_by_kernel(asked: Asked) -> list[WayOut]:
+    """On GPUs FBGEMM's kernels instead of ours, which have no table in host memory, where that helps."""
+    if asked.with_fbgemm is None or asked.cluster.device == "cpu":
+        return []
+    changed = asked.with_fbgemm()
+    try:
+        found = planner.solve(changed.work, changed.cluster, rules=changed.rules, limits=changed.limits)
+    except UserError:
+        return []
+    how = 'other kernels: kernels.embedding_bag = "fbgemm" can have tables in host memory, with or without a cache'
+    return [WayOut(how=how, step=found.load.step_seconds, change={"embedding_bag": "fbgemm"})]
 
 
 def figures(step: Step, batch_size: int) -> dict[str, Any]:
@@ -222,6 +243,9 @@ def as_priced(asked: Asked, described: Mapping[str, Any], *, where: str) -> Solu
         if table.name not in by_name:
             raise UserError(f"{where}: has no table {table.name!r}; it is a plan of another model")
         kind, where_at = kind_of(by_name[table.name])
+        kind = replace(kind, tier="device", cache_share=0.0) if asked.cluster.device == "cpu" else kind
+        rule = asked.rules.get(table.name, Rule())
+        check_can_be(where, table.name, rule, sharding=kind.sharding, tier=kind.tier)
         kinds.append(kind)
         ranks.append(where_at)
     return priced(price(asked.work, asked.cluster, extra=kinds), kinds, ranks, asked.limits)

@@ -22,6 +22,7 @@ CPU kernel takes a part without rows for a feature of the next table, with that 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def plan_task(
 
     def plan() -> Planned:
         if file is not None:
-            sharding = from_file(file, embeddings, cluster)
+            sharding = from_file(file, embeddings, cluster, constraints)
             loads = {t.name: t for t in work.tables}
             words = f"as {file} says"
             return Planned(
@@ -216,17 +217,33 @@ def rules_of(
     return planner.rules_from([t.name for t in embeddings.physical], constraints, own)
 
 
-def _own_rule(table: Table, embeddings: Embeddings, world: int, local: int) -> Rule:
-    """What the table can be at all, and what of it its own `sharding` asks for."""
-    rule, asked = Rule(), []
+def _can_be(table: Table, embeddings: Embeddings) -> Rule:
+    """What the table can be at all."""
     if table.name in embeddings.by_id:  # the id map and the rows that it gives are on the device
         can, tiers = frozenset({"table_wise", "row_wise"}), frozenset({"device"})
-        rule = Rule(shardings=can, tiers=tiers, can_shardings=can, can_tiers=tiers)
-        asked.append(f"kind = {embeddings.logical[table.name].kind!r}")
-    elif table.row_type != "fp32":
+        said = f"kind = {embeddings.logical[table.name].kind!r}"
+        return Rule(shardings=can, tiers=tiers, can_shardings=can, can_tiers=tiers, said=said)
+    if table.row_type != "fp32":
         can = frozenset(SHARDING_TYPES) - {"data_parallel"}
-        rule = Rule(shardings=can, can_shardings=can)
-        asked.append(f"row_type = {table.row_type!r}")
+        return Rule(shardings=can, can_shardings=can, said=f"row_type = {table.row_type!r}")
+    return Rule()
+
+
+def check_can_be(where: str, name: str, rule: Rule, *, sharding: str, tier: str) -> None:
+    """UserError for a plan's choice that the table cannot be, whatever anybody asks for."""
+    for what, chosen, can in (("sharding", sharding, rule.can_shardings), ("tier", tier, rule.can_tiers)):
+        if chosen not in can:
+            raise UserError(
+                f"{where}: table {name!r} has {what} {chosen!r} there, which cannot be with {rule.said}; it can have "
+                f"{', '.join(sorted(can))}: plan again with `tablemesh plan CONFIG --out FILE`, or change this table's "
+                f"{what} in the file"
+            )
+
+
+def _own_rule(table: Table, embeddings: Embeddings, world: int, local: int) -> Rule:
+    """What the table can be at all, and what of it its own `sharding` asks for."""
+    rule = _can_be(table, embeddings)
+    asked = [rule.said] if rule.said else []
     if table.sharding != "auto":
         columns = columns_per_shard(table, world, local)
         parts = None if columns is None else stored_dim(table.dim) // columns
@@ -336,8 +353,17 @@ def predicted(solution: Solution) -> dict[str, Any]:
     }
 
 
-def from_file(path: Path, embeddings: Embeddings, cluster: topology.Topology) -> ShardingPlan:
-    """The plan of a plan.json.  UserError where it is none, or of other tables, another number of ranks or hosts."""
+def from_file(
+    path: Path,
+    embeddings: Embeddings,
+    cluster: topology.Topology,
+    constraints: Sequence[tuple[Sequence[str], Rule]] = (),
+) -> ShardingPlan:
+    """The plan of a plan.json.  UserError where it is none, or of other tables, another number of ranks or hosts, or
+    has a table as it cannot be.
+
+    constraints: as for `plan_task`.  Of what they ask for the file is free, but not of what tables can be at all.
+    """
     try:
         found = json.loads(Path(path).read_text())
         tables = {t["name"]: t for t in found["tables"]}
@@ -370,6 +396,11 @@ def from_file(path: Path, embeddings: Embeddings, cluster: topology.Topology) ->
             )
         _check_parts(path, table, sharding, parts, world)
         tier = "device" if cluster.device == "cpu" else tier
+        asked = (rule for patterns, rule in constraints if any(fnmatchcase(name, p) for p in patterns))
+        for rule in (_can_be(table, embeddings), *asked):
+            check_can_be(str(path), name, rule, sharding=sharding, tier=tier)
+        if name in embeddings.by_id and sharding == "row_wise":
+            _check_blocks(path, name, parts, embeddings.by_id[name].blocks(world))
         placed[name] = _parameter(sharding, tier, share, parts, cluster)
     return _of_collections(placed, embeddings)
 
@@ -389,6 +420,15 @@ def _check_parts(path: Path, table: Table, sharding: str, parts: Sequence[tuple[
         raise UserError(
             f"{path}: the parts of table {table.name!r} ({sharding}) do not cover its {table.rows} x "
             f"{stored_dim(table.dim)} once on ranks 0 to {world - 1}; plan again"
+        )
+
+
+def _check_blocks(path: Path, name: str, parts: Sequence[tuple[int, ...]], blocks: Sequence[tuple[int, int]]) -> None:
+    """UserError unless rank r has block r: the ids that a rank owns, and so its rows, follow from its number."""
+    if sorted(p[:3] for p in parts) != [(rank, *block) for rank, block in enumerate(blocks)]:
+        raise UserError(
+            f"{path}: the rows of table {name!r} are given to ids, so that its parts by rows can only be "
+            f"{', '.join(f'{first} to {end - 1}' for first, end in blocks)} on ranks 0 to {len(blocks) - 1}; plan again"
         )
 
 

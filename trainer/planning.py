@@ -3,7 +3,7 @@
 cluster_of(config, ...) -> Topology
 on_meta(config, dataset) -> OnMeta
 work_of_config(config, dataset, model, device=...) -> Work
-limits_of(config), constraints_of(config)
+limits_of(config, cluster), constraints_of(config, device=...)
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from kernels.errors import UserError
 from kernels.row_counts import COUNT_BYTES
 from sharding import topology
 from sharding.embeddings import Embeddings, build_embeddings
+from sharding.fbgemm import lacks_decay
 from sharding.plan import Figures, work_of
 from sharding.planner import Limits, Rule
 from sharding.skew import Skew
@@ -59,9 +60,9 @@ def limits_of(config: Config, cluster: Topology) -> Limits:
     return Limits(device=device, host=host)
 
 
-def constraints_of(config: Config) -> list[tuple[tuple[str, ...], Rule]]:
-    """The planner's form of [[plan.constraints]]."""
-    found = []
+def constraints_of(config: Config, *, device: str) -> list[tuple[tuple[str, ...], Rule]]:
+    """The planner's form of [[plan.constraints]], and what the kernels asked for cannot have on this type of device."""
+    found = _of_kernel(config, device)
     for i, constraint in enumerate(config.plan.constraints):
         said = f"plan.constraints[{i}]"
         if constraint.sharding is None and constraint.tier is None:
@@ -76,12 +77,32 @@ def constraints_of(config: Config) -> list[tuple[tuple[str, ...], Rule]]:
     return found
 
 
+def _of_kernel(config: Config, device: str) -> list[tuple[tuple[str, ...], Rule]]:
+    """FBGEMM's kernels can have tables in host memory, ours only in the GPU's own.  On a CPU there is one memory."""
+    if device == "cpu":
+        return []
+    if not has_fbgemm(config, device):
+        tiers = frozenset({"device"})
+        said = f"kernels.embedding_bag = {config.kernels.embedding_bag!r} (tables in the GPU's own memory)"
+    elif lacks_decay(plugin(config.optim.sparse).table(config.optim.sparse), device=torch.device(device)):
+        tiers = frozenset({"device", "host"})
+        said = f"l2 with optim.sparse.kind = {config.optim.sparse.kind!r} (an update that does not see cached rows)"
+    else:
+        return []
+    return [(("*",), Rule(tiers=tiers, can_tiers=tiers, said=said))]
+
+
+def has_fbgemm(config: Config, device: str) -> bool:
+    """Whether tables have FBGEMM's kernels, which a GPU gets unless the config says otherwise."""
+    asked = config.kernels.embedding_bag
+    return asked == "fbgemm" or (device != "cpu" and asked == "auto")
+
+
 def work_of_config(config: Config, dataset: Dataset, model: "OnMeta", *, device: str) -> Work:
     """What a step of this config does on devices of this type, "cpu" or "cuda"."""
     sparse, dense = config.optim.sparse, config.optim.dense
     bf16 = precision.choose(config.train.precision, torch.device(device)).is_bf16
-    # FBGEMM's kernels, which a GPU gets unless the config says otherwise, give float32 vectors.
-    fbgemm = config.kernels.embedding_bag == "fbgemm" or (device != "cpu" and config.kernels.embedding_bag == "auto")
+    fbgemm = has_fbgemm(config, device)  # gives float32 vectors
     counted = COUNT_BYTES if config.checkpoint.count_updates else 0
     dense_state = plugin(dense).state_bytes_per_row(dense, 1024) / 1024
     return work_of(

@@ -125,7 +125,7 @@ def build(config: Config, dataset: Dataset, folder: Path, world: World, *, train
         task,
         work,
         cluster,
-        constraints=constraints_of(config),
+        constraints=constraints_of(config, device=world.device.type),
         limits=limits_of(config, cluster),
         file=config.plan.file if training else None,
     )

@@ -160,6 +160,29 @@ def test_no_way_out_leads_where_a_kind_cannot_go(command, small):
     assert code == 2 and "table 'user' cannot be grid_shard (tables: kind = 'collisionless'" in " ".join(err.split())
 
 
+def test_tables_are_only_where_their_kernels_can_have_them(command, small):
+    words = (*PLAN, "--cluster", "h100-80gb:1x2", "--hbm", "1.7GiB", "--host-mem", "64GiB")
+    cases = (("auto", "", {"cache", "device", "host"}), ("auto", "l2", {"device", "host"}), ("triton", "", {"device"}))
+    for kernel, l2, can in cases:
+        more = ("--set", 'optim.sparse={kind="adagrad", lr=0.1, l2=0.001}') if l2 else ()
+        code, out, err = command(*words, "--json", "--set", f"kernels.embedding_bag={kernel}", *more)
+        found = json.loads(out)
+        if can == {"device"}:
+            changes = [way["change"] for way in found["ways_out"]]
+            assert code == 1 and {"embedding_bag": "fbgemm"} in changes and not any("tier" in c for c in changes)
+        else:
+            (small / "plan.json").write_text(json.dumps(found["plan"]))
+            tiers = {t["tier"] for t in found["plan"]["tables"]}
+            assert code == 0 and "host" in can and {"device"} < tiers <= can, (tiers, err)
+    triton = ("--set", "kernels.embedding_bag=triton")
+    for given, said in (
+        (("--set", 'plan.constraints=[{match="user", tier="host"}]'), "allows tier device, plan.constraints[0] host"),
+        (("--compare", "plan.json", "auto"), "plan.json: table 'user' has tier"),
+    ):
+        code, _, err = command(*words, *triton, *given)
+        assert code == 2 and said in " ".join(err.split()) and "kernels.embedding_bag = 'triton'" in err, err
+
+
 def test_a_page_of_the_plan(command, small):
     code, out, err = command(*PLAN, "--cluster", "h100-80gb:2x4", "--html", "plan.html")
     page = (small / "plan.html").read_text()

@@ -174,6 +174,38 @@ def test_a_plan_file_that_does_not_fit_is_refused(change, words, tmp_path):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("cluster", "change", "words"),
+    [
+        ("h100-80gb:1x2", {"tier": "host"}, ["'t' has tier 'host'", "'collisionless'", "device", "tablemesh plan"]),
+        ("h100-80gb:1x2", {"tier": "cache"}, ["'t' has tier 'cache'"]),
+        ("cpu:1x2", {"sharding": "column_wise"}, ["'t' has sharding 'column_wise'", "row_wise, table_wise"]),
+        ("cpu:1x2", {"shards": "even"}, ["'t'", "given to ids", "0 to 627", "628 to 1255"]),
+        ("cpu:1x2", {"tier": "host"}, []),  # on a CPU there is one memory
+    ],
+)
+def test_a_plan_file_cannot_have_a_table_as_its_kind_cannot_be(cluster, change, words, tmp_path):
+    given = Table(name="t", rows=1000, dim=16, features=("f",), kind="collisionless", sharding="row_wise")
+    described = plan_of(given, world=2)
+    (entry,) = described["tables"]
+    assert [s["rows"] for s in entry["shards"]] == [[0, 628], [628, 1256]]
+    if change.get("shards") == "even":
+        for shard, rows in zip(entry["shards"], ([0, 600], [600, 1256]), strict=True):
+            shard["rows"] = rows
+    else:
+        entry.update(change)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(described))
+    task = Task(given)
+    work = work_of(embeddings_of(task), batch_size=128)
+    if not words:
+        assert plan_task(task, work, topology.parse(cluster), file=path).described["tables"][0]["tier"] == "device"
+        return
+    with pytest.raises(UserError) as error:
+        plan_task(task, work, topology.parse(cluster), file=path)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 def test_id_maps_and_filters_are_priced_and_limited(sharding):
     """1,000 rows: 314 lines of 64 bytes; a window of 65,536 in 256 parts of 32 lines, two halves each; 16 bytes an
