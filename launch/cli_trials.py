@@ -105,6 +105,8 @@ def compare_tables(
     datasets.prepare_missing(console, resolved)
     dataset = open_dataset(resolved.data.path, resolved.data.features)
     asked = list(dict.fromkeys(kind.strip() for kind in kinds.split(",") if kind.strip()))
+    if not asked:
+        raise UserError(f"--kinds {kinds!r}: names no kind; write it as --kinds standard,unified:lookups=2")
     cells, refused = compare.plan_cells(resolved, dataset, kinds=asked, budgets=budgets, seeds=seeds)
     folder = out or resolved.run.dir / f"{resolved.name}-compare"
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +122,9 @@ def compare_tables(
     if as_json:
         print_json(found | {"report_html": str(page)})
     else:
-        console.print(figures.comparison(found))
-        console.print()
+        if rows:
+            console.print(figures.comparison(found))
+            console.print()
         for one in refused:
             console.print(f"left out: {one['kind']} at {one['budget']:g}: {escape(one['why'])}", highlight=False)
         console.print(f"comparison: [link=file://{page}]{escape(shown(page))}[/link]", soft_wrap=True, highlight=False)

@@ -93,6 +93,8 @@ def plan_cells(
         module = registry.load("sharding.tables", kind)
         if not hasattr(module, "fit"):
             raise UserError(f"--kinds {text!r}: {kind} has no fit(tables, budget), which finds its sizes for a budget")
+        for key in (key for key in options if key in getattr(module, "FITTED", ())):
+            raise UserError(f"--kinds {text!r}: a budget is what chooses {key}; leave {key} out")
         row_type = {"row_type": options.pop(ROW_TYPE)} if ROW_TYPE in options else {}
         if row_type and row_type[ROW_TYPE] not in ROW_TYPES:
             raise UserError(f"--kinds {text!r}: row_type can be {', '.join(ROW_TYPES)}")
@@ -132,6 +134,8 @@ def run_cells(
     kept.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if _read(kept, cell) is None]
     done = len(cells) - len(missing)
+    if not cells:
+        return []
     progress(done, len(cells), "kept from before" if done else "starting")
     if missing:
         context = multiprocessing.get_context("spawn")
@@ -320,7 +324,8 @@ def full_bytes(config: Config, dataset: Dataset) -> int:
 def write(folder: Path, found: dict[str, Any]) -> Path:
     """FOLDER/compare.json, compare.svg and compare.html, whose path it returns."""
     report.write_json(folder, found, name="compare.json")
-    report.write_text(folder / "compare.svg", picture(_charts(found)[:2]))
+    if found["summary"]:
+        report.write_text(folder / "compare.svg", picture(_charts(found)[:2]))
     return report.write_text(folder / "compare.html", render(found))
 
 

@@ -34,6 +34,8 @@ and, if it has something to say there,
         The same tables with options such that their physical tables take at most `budget` bytes, and as few less as can
         be.  Options of the kind that say nothing of size are kept.  UserError for a budget below the smallest possible.
         `tablemesh compare-tables` calls it.
+    FITTED: tuple of names
+        of the options that `fit` chooses, which nobody can ask for beside a budget.
 
 A kind whose rows are given to ids as they come, and taken back, answers with `by_id`: one physical table whose feature
 gets the ids as they are, which an id map on the rank that owns them turns into rows (sharding/by_id.py).

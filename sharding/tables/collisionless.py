@@ -34,6 +34,7 @@ from sharding.tables.base import ById, Lowered, Options, Source, Table, shares, 
 # The conformance suite gives every id the row that `lower` says; here that depends on what came before:
 # tests/sharding/test_by_id.py.
 VARIANTS = ()
+FITTED = ("rows",)
 LARGEST_LIMIT = MOST_ROWS - PARTS
 SHARDINGS = ("auto", "table_wise", "row_wise")
 REFUSED = {

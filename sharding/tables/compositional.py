@@ -36,6 +36,7 @@ from kernels.hashing import LARGEST
 from sharding.tables.base import Lowered, Options, Source, Table, shares, too_small
 from sharding.tables.hashed import Concat, Sum
 
+FITTED = ("rows", "sizes")
 VARIANTS = (
     {},
     {"op": "mult", "parts": 3},

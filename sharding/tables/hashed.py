@@ -26,6 +26,7 @@ from kernels.errors import UserError
 from kernels.hashing import bucket, bucket_of, seed_of
 from sharding.tables.base import Lowered, Options, Source, Table, shares, too_small
 
+FITTED = ("rows",)
 VARIANTS = (
     {"rows": 11},
     {"rows": 11, "hash": "modulo"},

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from kernels.errors import UserError
 from sharding.tables.base import ALIGNED, Lowered, Options, Source, Table, too_small
 
+FITTED = ("dims", "base_dim", "budget")
 VARIANTS = (
     {"dims": [4]},
     {"base_dim": 8, "blocks": [3, 20], "ordered": True},

@@ -31,6 +31,7 @@ from kernels.hashing import bucket, bucket_of, seed_of
 from sharding.tables.base import Lowered, Options, Source, Table, too_small
 from sharding.tables.hashed import Concat
 
+FITTED = ("rows",)
 VARIANTS = ({"rows": 17}, {"rows": 23, "lookups": 2, "seed": 3})
 
 

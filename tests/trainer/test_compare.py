@@ -16,9 +16,11 @@ from sharding.plan import make_plan
 from tests.models import CPU
 from tests.ranks import run_ranks
 from tests.trainer.test_tables import DATASET, config
+from tests.trainer.test_trainer import data, make_config  # noqa: F401  (data is a fixture)
 from trainer import compare
 from trainer import config as configs
 from trainer.data.dataset import Categorical
+from trainer.data.parquet import open_dataset
 from trainer.models.base import init_dense
 from trainer.optim import sgd
 from trainer.tables import resolve
@@ -114,6 +116,7 @@ def test_filters_are_in_the_budget_or_the_cell_is_refused_with_its_reason():
         ("standard:lookups=2", ["'lookups'", "it has none"]),
         ("unified:lookups=0", ["lookups = 0"]),
         ("mixed_dim:alpha=wide", ["alpha = 'wide'"]),
+        ("hashed:rows=50", ["--kinds 'hashed:rows=50'", "a budget is what chooses rows"]),
         ("collisionless:evict=fifo", ["evict = 'fifo'", "lru"]),
     ],
 )
@@ -128,6 +131,29 @@ def row(kind, budget, seed, auc):
         "kind": kind, "budget": budget, "seed": seed, "bytes": int(1000 * budget), "auc": auc, "logloss": 1 - auc,
         "train_samples_per_second": 1e5, "lookup_ms": 1.5, "split": "test",
     }  # fmt: skip
+
+
+def trained(run_dir, kinds, budgets):
+    asked = configs.load(run_dir / "config.toml")
+    dataset = open_dataset(asked.data.path, asked.data.features)
+    cells, refused = compare.plan_cells(asked, dataset, kinds=kinds, budgets=budgets, seeds=1)
+    rows = [compare.run_cell(c) | {"kind": c.kind, "budget": c.budget, "seed": c.seed} for c in cells]
+    return compare.result(asked, dataset, rows, refused, compare.full_bytes(asked, dataset))
+
+
+def test_cells_are_trained_and_measured(data, tmp_path):  # noqa: F811
+    """On features of one and of several ids a row, and two labels."""
+    make_config(data, tmp_path / "run", train={"epochs": 1}, tables={"override": []})
+    (found,) = run_ranks(trained, 1, tmp_path / "run", ["unified:lookups=2", "compositional"], [1.0, 0.5])
+    assert [(r["kind"], r["budget"]) for r in found["rows"]] == [
+        (kind, budget) for kind in ("unified:lookups=2", "compositional") for budget in (1.0, 0.5)
+    ]
+    for row in found["rows"]:
+        assert 0 < row["bytes"] <= 1.05 * row["budget"] * found["full_bytes"] and row["rows_used"] > 0, row
+        assert row["steps"] > compare.WARM_UP and row["split"] == "test" and 0.4 < row["auc"] < 1 and row["logloss"] > 0
+        assert row["train_samples_per_second"] > 0 and row["lookup_ms"] > 0, row
+    page = compare.write(tmp_path, found).read_text()
+    assert page.count("<svg") == 4 and all(f"{entry['auc']:.4f}" in page for entry in found["summary"])
 
 
 def test_cells_come_seed_by_seed():
