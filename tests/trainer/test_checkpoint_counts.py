@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kernels.errors import UserError
 from launch import cli
 from launch.chaos_compare import compare
 from sharding import update_counts
@@ -154,6 +155,11 @@ def test_every_kind_goes_on_counting_on_other_ranks(data, tmp_path):
         assert expected.keys() == found.keys() and len(found) >= 4
         assert not [t for t in found if not torch.equal(expected[t], found[t])]
         assert min(int(t.max()) for t in found.values()) > 10
+    parts = [t["table"] for t in tools.inspect(str(cut["auto"]), table="d")["tables"]]
+    assert parts == ["d#0", "d#1"]
+    assert tools.inspect(str(cut["auto"]), table="b", rows=(12,))["tables"][0]["table"] == "b#hashed"
+    with pytest.raises(UserError, match="'d' is stored as d#0, d#1; name one of them"):
+        tools.inspect(str(cut["auto"]), table="d", rows=(3,))
 
 
 def by_id(run_dir):

@@ -7,7 +7,7 @@ Shapes: E rows of a table, D columns.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def diff(a: str, b: str) -> dict[str, Any]:
 
 def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ()) -> dict[str, Any]:
     """Figures of every table, or of one and the values of some of its rows; in a table whose rows are given to ids, of
-    these ids (by_id.py), and the figures are of each part of it.
+    these ids (by_id.py), and the figures are of each part of it.  table: a physical one, or a logical one for all that
+    its kind made of it.
 
     norm: the L2 norm of a row.  never_updated: rows whose optimizer state is all zero, or that the update counts say so
     of where the optimizer has no state (None without either); zero_rows: rows of zeros.  updates: counts.py's, None
@@ -125,13 +126,15 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
     chain = open_at(where)
     entries = {n: e for n, e in chain.tensors.items() if e.table is not None}
     names = sorted({entry.table for entry in entries.values() if entry.table is not None})
-    if table is not None and table not in names:
-        raise UserError(f"{chain.path}: no table {table!r}; there are {', '.join(names)}")
-    bases = [base for name in names if table in (None, name) for base in _bases(chain, name)]
+    asked = names if table is None else _physical(chain, table, names)
+    bases = [base for name in asked for base in _bases(chain, name)]
     found = [_figures(chain, base, entries) for base in bases]
     result: dict[str, Any] = {"checkpoint": chain.path, "step": chain.manifest.position.step, "tables": found}
     if rows and table is None:
         raise UserError("--rows needs --table: whose rows?")
+    if rows and len(asked) > 1:
+        raise UserError(f"table {table!r} is stored as {', '.join(asked)}; name one of them, whose rows you want")
+    table = asked[0] if rows else table
     if rows and by_id.stored(chain, table):
         result["rows"] = [_row_of_id(chain, table, id) for id in rows]
     elif rows:
@@ -148,6 +151,14 @@ def inspect(where: str, *, table: str | None = None, rows: tuple[int, ...] = ())
             for row in rows
         ]
     return result
+
+
+def _physical(chain: Chain, table: str, names: Sequence[str]) -> list[str]:
+    """The table of this name or, of a logical one, those that its kind made of it, NAME#..., in the order of names."""
+    found = [name for name in names if name == table] or [name for name in names if name.partition("#")[0] == table]
+    if not found:
+        raise UserError(f"{chain.path}: no table {table!r}; there are {', '.join(names)}")
+    return found
 
 
 def _bases(chain: Chain, table: str) -> list[str]:
