@@ -231,10 +231,11 @@ def _can_be(table: Table, embeddings: Embeddings) -> Rule:
 
 def check_can_be(where: str, name: str, rule: Rule, *, sharding: str, tier: str) -> None:
     """UserError for a plan's choice that the table cannot be, whatever anybody asks for."""
+    because = f" with {rule.said}" if rule.said else ""
     for what, chosen, can in (("sharding", sharding, rule.can_shardings), ("tier", tier, rule.can_tiers)):
         if chosen not in can:
             raise UserError(
-                f"{where}: table {name!r} has {what} {chosen!r} there, which cannot be with {rule.said}; it can have "
+                f"{where}: table {name!r} has {what} {chosen!r} there, which cannot be{because}; it can have "
                 f"{', '.join(sorted(can))}: plan again with `tablemesh plan CONFIG --out FILE`, or change this table's "
                 f"{what} in the file"
             )
