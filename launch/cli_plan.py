@@ -24,7 +24,7 @@ def plan(
     ] = None,
     hbm: Annotated[str | None, typer.Option(help="Device memory of each rank to use, such as 60GiB.")] = None,
     host_mem: Annotated[str | None, typer.Option(help="Memory of each host to use for tables, such as 500GiB.")] = None,
-    profiles: Annotated[Path | None, typer.Option(help="TOML with [profiles.NAME] of clusters.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="TOML with \\[profiles.NAME] sections of clusters.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan there, for `train --plan`.")] = None,
     html: Annotated[
         Path | None,

@@ -6,7 +6,6 @@ compare(asked, a, b) -> dict     two plans of the same tables side by side
 launch/what_if.py                the same work on several clusters
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +22,12 @@ from sharding.cost import Choice, Kind, Prices, load, price
 from sharding.embeddings import Embeddings
 from sharding.explain import explain, parts_of
 from sharding.plan import check_can_be, describe_solution, rules_of
+from sharding.plan_file import Placed, read
 from sharding.planner import Infeasible, Limits, Rule, Solution
 from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
-from sharding.ways_out import WayOut, ways_out
+from sharding.ways_out import MOST_RANKS, WayOut, ways_out
 from sharding.work import Work
 
 
@@ -85,6 +85,8 @@ def make(
         found = planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)
     else:
         found = topology.parse(cluster, known)
+    if found.world_size > MOST_RANKS:
+        raise UserError(f"cluster {found.title}: {found.world_size:,} ranks; at most {MOST_RANKS:,} are planned")
 
     def asked_on(cluster: Topology, config: Any, model: Any) -> Asked:
         def with_tables(overrides: Sequence[Any]) -> Asked:
@@ -119,19 +121,16 @@ def opened(config: Any, path: Path | None) -> Any:
 
     if path is None:
         if config.data.features is None and not (config.data.path / "dataset.json").exists():
+            made = f"`tablemesh prepare {config.data.prepare or 'SOURCE'} {config.data.path}`"
             raise UserError(
                 f"data.path = {str(config.data.path)!r}: no dataset.json there; the planner needs the features' "
-                f"figures: prepare the data, or give a dataset.json made elsewhere with --dataset FILE"
+                f"figures: prepare the data ({made} or, where the config says how, a run), or give a dataset.json made "
+                "elsewhere with --dataset FILE"
             )
         return open_dataset(config.data.path, config.data.features)
     if path.is_dir():
         return open_dataset(path, config.data.features)
-    try:
-        return datasets.Dataset.model_validate_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a dataset.json: {error}") from error
+    return datasets.read(path)
 
 
 def answer(asked: Asked) -> dict[str, Any]:
@@ -139,12 +138,12 @@ def answer(asked: Asked) -> dict[str, Any]:
     try:
         solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     except Infeasible as short:
-        ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits, short=short)
+        ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
         ways += [*_way_by_kernel(asked), *ways_by_kind(asked)]
         return {
             "feasible": False,
             "cluster": asked.cluster.title,
-            "message": str(short),
+            "message": str(short).removesuffix(planner.SEE_WAYS_OUT),
             "short_by_bytes": short.short_by,
             "who": short.who,
             "table": short.table,
@@ -204,50 +203,54 @@ def _figures(name: str, solution: Solution) -> dict[str, Any]:
         "step_ms": 1e3 * found.step_seconds,
         "samples_per_second": solution.prices.work.batch_size / found.step_seconds,
         "most_bytes": int(found.rank_bytes.max()),
+        "left": _left(name, solution),
         "fits": bool((found.rank_bytes <= solution.options.device_limit + solution.prices.base_bytes + 1).all()),
         "parts_ms": {part: 1e3 * seconds for part, seconds in parts_of(found, slowest).items()},
     }
 
 
+def _left(name: str, solution: Solution) -> list[str]:
+    """The tables that are not by the sharding type that was asked for all of them: they cannot be."""
+    if name not in SHARDING_TYPES:
+        return []
+    kinds = [solution.prices.kinds[c.kind].kind.sharding for c in solution.choices]
+    return [t.name for t, kind in zip(solution.prices.tables, kinds, strict=True) if kind != name]
+
+
 def plan_of(asked: Asked, name: str) -> Solution:
+    """The plan that `compare` means by a name.  A sharding type holds for every table that can have it there."""
     if name == "auto":
         return planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     if name in SHARDING_TYPES:
-        rules = {}
-        for table in asked.work.tables:
-            own = asked.rules.get(table.name, Rule())
-            if name not in own.can_shardings:
-                raise UserError(f"--compare {name}: table {table.name!r} cannot be {name} ({own.said})")
-            rules[table.name] = Rule(shardings=frozenset([name]), tiers=own.can_tiers, said=f"--compare {name}")
-        return planner.solve(asked.work, asked.cluster, rules=rules, limits=asked.limits)
+        said = f"--compare {name}"
+        wanted = {
+            table.name: Rule(shardings=frozenset([name]), tiers=own.can_tiers, said=said)
+            for table in asked.work.tables
+            if name in (own := asked.rules.get(table.name, Rule())).can_shardings
+        }
+        rules = {**asked.rules, **planner.possible(asked.work, asked.cluster, wanted)}
+        if not any(rule.said == said for rule in rules.values()):
+            raise UserError(
+                f"{said}: none of the {len(asked.work.tables)} tables can be {name} on {asked.cluster.title}"
+            )
+        try:
+            return planner.solve(asked.work, asked.cluster, rules=rules, limits=asked.limits)
+        except Infeasible as short:
+            raise UserError(f"{said}: no such plan fits: {str(short).removesuffix(planner.SEE_WAYS_OUT)}") from short
     if name.partition(":")[0] in topology.profiles() | dict(asked.profiles):
         other = asked.on(name)
         return planner.solve(other.work, other.cluster, rules=other.rules, limits=other.limits)
     if not Path(name).is_file():
         known = ["auto", *SHARDING_TYPES, *topology.profiles(), *asked.profiles]
         raise UserError(f"--compare {name}: neither a file nor a plan or cluster; {registry.nearest(name, known)}")
-    return as_priced(asked, json.loads(Path(name).read_text()), where=name)
-
-
-def as_priced(asked: Asked, described: Mapping[str, Any], *, where: str) -> Solution:
-    """A plan.json as the planner's own form, priced; without a bound of its own."""
-    if described.get("world_size") != asked.cluster.world_size:
-        raise UserError(
-            f"{where}: a plan for {described.get('world_size')} ranks, the cluster {asked.cluster.title} has "
-            f"{asked.cluster.world_size}"
-        )
     kinds: list[Kind] = []
     ranks: list[tuple[int, ...]] = []
-    by_name = {entry["name"]: entry for entry in described["tables"]}
-    for table in asked.work.tables:
-        if table.name not in by_name:
-            raise UserError(f"{where}: has no table {table.name!r}; it is a plan of another model")
-        kind, where_at = kind_of(by_name[table.name])
+    for table, placed in read(Path(name), asked.embeddings, asked.cluster.world_size).items():
+        kind, where = kind_of(placed)
         kind = replace(kind, tier="device", cache_share=0.0) if asked.cluster.device == "cpu" else kind
-        rule = asked.rules.get(table.name, Rule())
-        check_can_be(where, table.name, rule, sharding=kind.sharding, tier=kind.tier)
+        check_can_be(name, table, asked.rules.get(table, Rule()), sharding=kind.sharding, tier=kind.tier)
         kinds.append(kind)
-        ranks.append(where_at)
+        ranks.append(where)
     return priced(price(asked.work, asked.cluster, extra=kinds), kinds, ranks, asked.limits)
 
 
@@ -261,14 +264,14 @@ def priced(prices: Prices, kinds: list[Kind], ranks: list[tuple[int, ...]], limi
     return Solution(prices, options, choices, load(prices, choices), 0.0, False)
 
 
-def kind_of(entry: Mapping[str, Any]) -> tuple[Kind, tuple[int, ...]]:
+def kind_of(placed: Placed) -> tuple[Kind, tuple[int, ...]]:
     """(kind, ranks of its parts, column parts first) of a table of plan.json."""
-    shards = sorted(entry["shards"], key=lambda s: (s["cols"][0], s["rows"][0], s["rank"]))
-    sharding = entry["sharding"]
-    ranks = tuple(s["rank"] for s in shards)
-    if sharding == "data_parallel":
-        return Kind(sharding=sharding), ranks
-    columns, rows = len({tuple(s["cols"]) for s in shards}), len({tuple(s["rows"]) for s in shards})
-    share = float(entry.get("cache_share", 0.0))
-    tier = entry.get("tier", "device")
-    return Kind(sharding=sharding, tier=tier, column_parts=columns, row_parts=rows, cache_share=share), ranks
+    parts = sorted(placed.parts, key=lambda p: (p[3], p[1], p[0]))
+    ranks = tuple(p[0] for p in parts)
+    if placed.sharding == "data_parallel":
+        return Kind(sharding=placed.sharding), ranks
+    columns, rows = len({p[3:] for p in parts}), len({p[1:3] for p in parts})
+    kind = Kind(
+        sharding=placed.sharding, tier=placed.tier, column_parts=columns, row_parts=rows, cache_share=placed.cache_share
+    )
+    return kind, ranks

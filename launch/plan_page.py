@@ -14,12 +14,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import trainer
-from sharding.explain import BOUNDS
+from launch.plan_view import in_short, ranks_of, stop_words, words
+from sharding.explain import BOUNDS, SHORT
 from sharding.tables.base import SHARDING_TYPES
 from trainer.report import write_text
 from trainer.words import count, figure, milliseconds, percent, runs, size
 
 MOST_COLUMNS = 256
+FAR = 4  # a limit so many times what the fullest rank holds is not drawn, but told
 MOST_TABLES = 60  # rows of the map: those that take the most time
 WIDTH = 1100
 MEMORY = {  # what a rank's memory is for -> (words, colour)
@@ -45,7 +47,10 @@ def render(found: Mapping[str, Any], others: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(count=count, size=size, figure=figure, ms=milliseconds, percent=percent, words=_words)
+    environment.filters.update(
+        count=count, size=size, figure=figure, ms=milliseconds, percent=percent, words=words, ranks_of=ranks_of,
+        stop_words=stop_words,
+    )  # fmt: skip
     pictures = _pictures(found) if found["feasible"] else {}
     return environment.get_template("plan.html.j2").render(
         found=found, others=others, bounds=BOUNDS, colours=COLOURS, **pictures
@@ -57,6 +62,7 @@ def _pictures(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "timeline": _timeline(found),
         "memory": _memory(found),
+        "far_limit": _far_limit(found),
         "memory_keys": [
             (words, colour)
             for name, (words, colour) in MEMORY.items()
@@ -65,29 +71,25 @@ def _pictures(found: Mapping[str, Any]) -> dict[str, Any]:
         "map": _map(found, tables[:MOST_TABLES]),
         "map_rest": len(tables) - MOST_TABLES,
         "used": [s for s in SHARDING_TYPES if any(t["sharding"] == s for t in found["tables"])],
-        "tables": [{**t, "where": runs(sorted(set(t["ranks"])))} for t in tables],
+        "tables": tables,
         "per_column": -(-found["world_size"] // MOST_COLUMNS),
     }
-
-
-def _words(label: str) -> str:
-    """table_row_wise -> table-row-wise."""
-    return label.replace("_", "-")
 
 
 def _timeline(found: Mapping[str, Any]) -> Markup:
     """The slowest rank's parts, one under the other where they begin."""
     step = found["predicted"]["step_ms"]
     events = [e for e in found["timeline"] if e["ms"] > 1e-6]
-    left, right, row = 150, 90, 24
+    left, right, row = 230, 90, 24
     scale = (WIDTH - left - right) / step
     parts = []
     for i, event in enumerate(events):
         y, x, width = i * row, left + event["start_ms"] * scale, max(1.0, event["ms"] * scale)
-        beside, faint = (", beside the rest", ' opacity=".55"') if event["beside"] else ("", "")
+        beside, faint = (" beside the rest", ' opacity=".55"') if event["beside"] else ("", "")
+        name = escape(SHORT[event["name"]]) + beside
         parts.append(
-            f'<g class="s{TIMES[event["name"]]}"><title>{escape(event["words"])}{beside}</title>'
-            f'<text class="tick" x="{left - 10}" y="{y + 16}" text-anchor="end">{escape(event["name"])}</text>'
+            f'<g class="s{TIMES[event["name"]]}"><title>{escape(event["words"])}{beside and ","}{beside}</title>'
+            f'<text class="tick" x="{left - 10}" y="{y + 16}" text-anchor="end">{name}</text>'
             f'<rect x="{left}" y="{y + 2}" width="{WIDTH - left - right}" height="{row - 4}" fill="var(--track)"/>'
             f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="{row - 4}" rx="2" fill="var(--c)"{faint}/>'
             f'<text class="tick" x="{WIDTH - right + 8}" y="{y + 16}">{event["ms"]:.3f} ms</text></g>'
@@ -96,14 +98,15 @@ def _timeline(found: Mapping[str, Any]) -> Markup:
 
 
 def _memory(found: Mapping[str, Any]) -> Markup:
-    """A column of stacked bytes for every rank, under the limit."""
+    """A column of stacked bytes for every rank, under the limit where that is not far above all of them."""
     limit = found["limits"]["device_bytes"]
     left, top, height = 70, 14, 190
     columns = []
     for group in _groups(found["ranks"]):
-        fullest = max(group, key=lambda r: sum(r["memory"].values()))
-        columns.append((group, fullest))
-    highest = 1.06 * max(limit, *(sum(r["memory"].values()) for _, r in columns))
+        columns.append((group, max(group, key=lambda r: sum(r["memory"].values()))))
+    fullest = max(sum(r["memory"].values()) for _, r in columns)
+    near = not _far_limit(found)
+    highest = 1.06 * (max(limit, fullest) if near else fullest)
     width = (WIDTH - left) / len(columns)
     gap = 0 if len(columns) > 64 else min(4.0, width / 6)
     parts = []
@@ -121,16 +124,21 @@ def _memory(found: Mapping[str, Any]) -> Markup:
                 )
             upto += tall
         parts.append("</g>")
-    y = top + height - limit / highest * height
-    parts.append(f'<line class="rule" x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    parts.append(f'<text class="rule-label" x="{left + 6}" y="{y + 15:.1f}">limit {size(limit)}</text>')
+    if near:
+        y = top + height - limit / highest * height
+        parts.append(f'<line class="rule" x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="rule-label" x="{left + 6}" y="{y - 5:.1f}">limit {size(limit)}</text>')
+    full = limit if near else fullest
     for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + height - share * limit / highest * height
-        parts.append(
-            f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{size(share * limit)}</text>'
-        )
+        y = top + height - share * full / highest * height
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{size(share * full)}</text>')
     parts += _rank_axis(found["world_size"], left, WIDTH - left, top + height + 18)
     return _svg(top + height + 24, parts, "Memory of every rank")
+
+
+def _far_limit(found: Mapping[str, Any]) -> bool:
+    """Whether the limit is too far above what the ranks hold to be drawn."""
+    return max(sum(r["memory"].values()) for r in found["ranks"]) * FAR <= found["limits"]["device_bytes"]
 
 
 def _map(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Markup:
@@ -145,8 +153,8 @@ def _map(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Marku
     parts = _rank_axis(world, left, WIDTH - left, 14)
     for i, table in enumerate(tables):
         y = top + i * row
-        name = table["name"] if len(table["name"]) <= 24 else table["name"][:23] + "…"
-        held = f"{_words(table['label'])}, {size(table['bytes'])}, ranks {runs(sorted(set(table['ranks'])))}"
+        name = in_short(table["name"], 26)
+        held = f"{words(table['label'])}, {size(table['bytes'])}, ranks {runs(sorted(set(table['ranks'])))}"
         parts.append(
             f'<g class="s{COLOURS[table["sharding"]]}"><title>{escape(table["name"])}: {held}</title>'
             f'<text class="tick" x="{left - 10}" y="{y + row - 5}" text-anchor="end">{escape(name)}</text>'

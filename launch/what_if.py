@@ -15,8 +15,7 @@ from sharding import topology
 from sharding.explain import bound_words
 from sharding.simulate import TABLEMESH, Point, Program, point, stops_at, with_efficiency
 from sharding.topology import Topology
-
-MOST_RANKS = 4096  # what the planner has been tried on
+from sharding.ways_out import MOST_RANKS
 
 
 def clusters(text: str, profiles: Mapping[str, Topology]) -> list[Topology]:
@@ -65,12 +64,20 @@ def what_if(
     weak: each rank keeps the rows that it has on `asked`'s cluster; otherwise the global batch stays.
     """
     found = with_efficiency([_point(asked, cluster, weak=weak, program=program) for cluster in clusters])
-    stop = stops_at(found) if len({p.topology.name for p in found}) == 1 else None
+    by_profile: dict[str, list[Point]] = {}
+    for each in found:
+        by_profile.setdefault(each.topology.name, []).append(each)
+    stops = {}
+    for name, sizes in by_profile.items():
+        if len(sizes) > 1 and any(p.step for p in sizes):
+            stop = stops_at(sizes)
+            stops[name] = stop.topology.title if stop else None
     return {
         "mode": "weak" if weak else "strong",
         "program": program.name,
         "clusters": [_described(p) for p in found],
-        "stops_at": stop.topology.title if stop else None,
+        "stops": stops,
+        "stops_at": next(iter(stops.values()), None) if len(by_profile) == 1 else None,
     }
 
 

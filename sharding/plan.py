@@ -19,7 +19,6 @@ A column part has at least 4 columns, and a multiple of 4 (FBGEMM's rule).  A ro
 CPU kernel takes a part without rows for a feature of the next table, with that table's dim wrong.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -40,6 +39,7 @@ from sharding.cost import Choice, Kind
 from sharding.embeddings import Embeddings
 from sharding.logical import logical_tables
 from sharding.own_sharding import check_row_types, check_rows, columns_per_shard, shardable
+from sharding.plan_file import read
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
 from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES, Table, stored_dim
@@ -360,77 +360,20 @@ def from_file(
     cluster: topology.Topology,
     constraints: Sequence[tuple[Sequence[str], Rule]] = (),
 ) -> ShardingPlan:
-    """The plan of a plan.json.  UserError where it is none, or of other tables, another number of ranks or hosts, or
-    has a table as it cannot be.
+    """The plan of a plan.json, which sharding/plan_file.py reads.  UserError, too, where a table is as it cannot be.
 
     constraints: as for `plan_task`.  Of what they ask for the file is free, but not of what tables can be at all.
     """
-    try:
-        found = json.loads(Path(path).read_text())
-        tables = {t["name"]: t for t in found["tables"]}
-        world = found["world_size"]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a plan.json ({error}); `tablemesh plan CONFIG --out FILE` writes one") from error
-    if world != cluster.world_size:
-        raise UserError(
-            f"{path}: a plan for {world} ranks, but there are {cluster.world_size}; plan again, or use {world} ranks"
-        )
-    ours = {t.name: t for t in embeddings.physical}
-    odd = sorted(set(ours) ^ set(tables))
-    if odd:
-        raise UserError(f"{path}: has other tables than this model; they differ in {', '.join(odd[:8])}; plan again")
+    found = read(path, embeddings, cluster.world_size)
     placed: dict[str, ParameterSharding] = {}
-    for name, table in ours.items():
-        entry = tables[name]
-        try:
-            size, sharding, tier = (entry["rows"], entry["dim"]), entry["sharding"], entry.get("tier", "device")
-            parts = [(s["rank"], *s["rows"], *s["cols"]) for s in entry["shards"]]
-            share = float(entry.get("cache_share", 0.0))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: table {name!r} is broken: {error!r}; plan again") from error
-        if size != (table.rows, table.dim):
-            raise UserError(
-                f"{path}: table {name!r} has {size[0]} rows of {size[1]} there, and {table.rows} of {table.dim} in "
-                "this model; plan again"
-            )
-        _check_parts(path, table, sharding, parts, world)
-        tier = "device" if cluster.device == "cpu" else tier
+    for table in embeddings.physical:
+        name, of_file = table.name, found[table.name]
+        tier = "device" if cluster.device == "cpu" else of_file.tier
         asked = (rule for patterns, rule in constraints if any(fnmatchcase(name, p) for p in patterns))
         for rule in (_can_be(table, embeddings), *asked):
-            check_can_be(str(path), name, rule, sharding=sharding, tier=tier)
-        if name in embeddings.by_id and sharding == "row_wise":
-            _check_blocks(path, name, parts, embeddings.by_id[name].blocks(world))
-        placed[name] = _parameter(sharding, tier, share, parts, cluster)
+            check_can_be(str(path), name, rule, sharding=of_file.sharding, tier=tier)
+        placed[name] = _parameter(of_file.sharding, tier, of_file.cache_share, of_file.parts, cluster)
     return _of_collections(placed, embeddings)
-
-
-def _check_parts(path: Path, table: Table, sharding: str, parts: Sequence[tuple[int, ...]], world: int) -> None:
-    """UserError unless the parts are on ranks there are and cover the table once (data_parallel: on every rank)."""
-    wrong = sharding not in SHARDING_TYPES or any(len(p) != 5 or not 0 <= p[0] < world for p in parts)
-    if not wrong:
-        cells = sum((r1 - r0) * (c1 - c0) for _, r0, r1, c0, c1 in parts)
-        copies = world if sharding == "data_parallel" else 1
-        inside = all(
-            0 <= r0 < r1 <= table.rows and 0 <= c0 < c1 <= stored_dim(table.dim) for _, r0, r1, c0, c1 in parts
-        )
-        apart = sharding == "data_parallel" or len({(p[1], p[3]) for p in parts}) == len(parts)
-        wrong = not inside or not apart or cells != copies * table.rows * stored_dim(table.dim)
-    if wrong:
-        raise UserError(
-            f"{path}: the parts of table {table.name!r} ({sharding}) do not cover its {table.rows} x "
-            f"{stored_dim(table.dim)} once on ranks 0 to {world - 1}; plan again"
-        )
-
-
-def _check_blocks(path: Path, name: str, parts: Sequence[tuple[int, ...]], blocks: Sequence[tuple[int, int]]) -> None:
-    """UserError unless rank r has block r: the ids that a rank owns, and so its rows, follow from its number."""
-    if sorted(p[:3] for p in parts) != [(rank, *block) for rank, block in enumerate(blocks)]:
-        raise UserError(
-            f"{path}: the rows of table {name!r} are given to ids, so that its parts by rows can only be "
-            f"{', '.join(f'{first} to {end - 1}' for first, end in blocks)} on ranks 0 to {len(blocks) - 1}; plan again"
-        )
 
 
 def describe(

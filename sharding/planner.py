@@ -21,10 +21,11 @@ from sharding.placing import Found, Placer
 from sharding.search import fits_somehow, polish, search
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology
-from sharding.work import Work
+from sharding.work import TableLoad, Work
 
 SPARE = 0.05  # of a device's memory, left to the allocator's fragments where nobody says how much to use
 FEW_NODES = 20  # of the exact search, where only whether there is a plan is asked
+SEE_WAYS_OUT = "; `tablemesh plan` lists the ways out"  # at the end of what Infeasible says
 SOLVED = 5e-4  # a gap from which nothing is gained by an exact solution
 
 
@@ -129,6 +130,19 @@ def has_plan(work: Work, topology: Topology, *, rules: Mapping[str, Rule], limit
     )
 
 
+def possible(work: Work, topology: Topology, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Those of the rules that some kind meets on this cluster, whatever the memory."""
+    _check(work, topology)
+    prices = price(work, topology, extra=asked_kinds(work, topology, rules))
+    kinds, valid = [k.kind for k in prices.kinds], np.array([k.valid for k in prices.kinds])
+    place = {t.name: i for i, t in enumerate(work.tables)}
+    return {
+        name: rule
+        for name, rule in rules.items()
+        if (valid[:, place[name]] & np.array([_meets(k, rule) for k in kinds])).any()
+    }
+
+
 def _options(work: Work, topology: Topology, rules: Mapping[str, Rule], limits: Limits) -> Options:
     """What every table may become.  UserError where the input makes no sense or one table does not fit at all."""
     _check(work, topology)
@@ -206,7 +220,7 @@ def _check(work: Work, topology: Topology) -> None:
         world = topology.world_size
         raise UserError(
             f"train.batch_size = {work.batch_size} does not divide over the {world} ranks of {topology.title}; "
-            f"use {max(1, work.batch_size // world) * world}"
+            f"use {max(1, work.batch_size // world) * world}, or a number of ranks that divides it"
         )
 
 
@@ -262,9 +276,16 @@ def _allowed(prices: Prices, rules: Mapping[str, Rule]) -> np.ndarray:
             on = f" on tier {', '.join(sorted(rule.tiers))}" if rule.tiers else ""
             raise UserError(
                 f"table {table.name!r} ({table.rows:,} rows, {table.dim} columns): {rule.said} asks for {asked}{on}, "
-                f"which {prices.topology.title} cannot give it; allow another sharding or tier"
+                f"which {prices.topology.title} cannot give it{_why_not(table, rule, kinds)}; allow another sharding "
+                "or tier"
             )
     return allowed
+
+
+def _why_not(table: TableLoad, rule: Rule, kinds: Sequence[Kind]) -> str:
+    """Where all that its rule leaves open has more parts than the table has rows, that."""
+    fewest = min((k.row_parts for k in kinds if _meets(k, rule)), default=1)
+    return f": {table.rows:,} rows do not make {fewest:,} parts" if table.rows < fewest else ""
 
 
 def _meets(kind: Kind, rule: Rule) -> bool:
@@ -300,8 +321,8 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
         raise Infeasible(
             f"table {table.name!r} ({table.rows:,} rows, {table.dim} columns, {gib(table.bytes)}): at its smallest, "
             f"{prices.kinds[least].kind.label}, a part takes {gib(smallest)} of a rank that has "
-            f"{gib(options.device_limit)} for tables on {world} ranks: short by {gib(short)} ({short:,} bytes); "
-            "`tablemesh plan` lists the ways out",
+            f"{gib(options.device_limit)} for tables on {world} ranks: short by {gib(short)} ({short:,} bytes)"
+            f"{SEE_WAYS_OUT}",
             short_by=max(short, 1),
             who=f"table {table.name!r}",
             table=table.name,
@@ -323,7 +344,7 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
         return Infeasible(
             f"the {len(names)} tables need at least {gib(least)}, the {world} ranks of {prices.topology.title} have "
             f"{gib(total)} for tables ({gib(device)} each{beyond}): short by {gib(short)} ({short:,} bytes); "
-            f"the largest table is {largest.name!r} with {gib(largest.bytes)}; `tablemesh plan` lists the ways out",
+            f"the largest table is {largest.name!r} with {gib(largest.bytes)} of rows{SEE_WAYS_OUT}",
             short_by=short,
             who="all ranks together",
         )
@@ -338,7 +359,7 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
     return Infeasible(
         f"the {len(names)} tables fit the {world} ranks of {prices.topology.title} in sum, but not in whole parts: "
         f"with {gib(device)} a rank (and {gib(host)} a host for tables outside the device) the fullest is short by "
-        f"{gib(short)} ({short:,} bytes); `tablemesh plan` lists the ways out",
+        f"{gib(short)} ({short:,} bytes){SEE_WAYS_OUT}",
         short_by=short,
         who="the fullest rank",
     )

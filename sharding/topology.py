@@ -14,6 +14,7 @@ can be set in TOML, as text with its unit:
     inter_bandwidth = "200Gb/s"
 """
 
+import math
 import os
 import platform
 import re
@@ -45,7 +46,7 @@ UNITS: dict[str, tuple[str, dict[str, float]]] = {
 def quantity(text: Any, kind: str, *, where: str) -> float:
     """ "3.35TB/s" -> 3.35e12.  UserError naming `where` for a number without a unit, another unit, or a value <= 0."""
     example, units = UNITS[kind]
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ%/]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(-?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ%/]*)\s*", str(text))
     if isinstance(text, bool) or match is None:
         raise UserError(f"{where} = {text!r}: needs a number with its unit, such as {example!r}")
     number, unit = match.groups()
@@ -59,6 +60,8 @@ def quantity(text: Any, kind: str, *, where: str) -> float:
     value = float(number.replace("_", "")) * units[unit]
     if value <= 0:
         raise UserError(f"{where} = {text!r}: must be above zero")
+    if not math.isfinite(value):
+        raise UserError(f"{where} = {text!r}: must be finite; {example!r} is an example")
     return value
 
 
@@ -407,6 +410,10 @@ def _profile(name: str, section: Mapping[str, Any], known: Mapping[str, Topology
             changes[key] = value
         elif key in QUANTITIES:
             changes[key] = quantity(value, QUANTITIES[key], where=f"{where}.{key}")
+            if QUANTITIES[key] == "share" and key != "reduce_efficiency" and changes[key] > 1:
+                raise UserError(
+                    f"{where}.{key} = {value!r}: is a share of a peak, at most 100%; raise the peak instead"
+                )
         else:
             raise UserError(
                 f"{where}.{key}: unknown key; {registry.nearest(key, [*QUANTITIES, 'ranks_per_host', 'overlap'])}"

@@ -1,6 +1,6 @@
 """What would help where no plan fits, each checked by planning again.
 
-    ways_out(work, topology, rules=..., limits=..., short=...) -> [WayOut, ...]
+    ways_out(work, topology, rules=..., limits=...) -> [WayOut, ...]
 
 First those that leave the model as it is (rules lifted, a larger limit, more devices, a smaller batch), then those that
 change it: rows of 16 or 8 bits, fewer rows, fewer columns; launch/ways_by_kind.py has the table kinds.  Of a number the
@@ -10,9 +10,11 @@ smallest change that helps is searched by halving the distance: if one helps, al
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from kernels.errors import UserError
 from sharding.cost import TIERS
-from sharding.planner import SPARE, Infeasible, Limits, Rule, gib, has_plan, solve
+from sharding.planner import Limits, Rule, gib, has_plan, solve
 from sharding.skew import Skew
 from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES
 from sharding.topology import Topology
@@ -20,7 +22,8 @@ from sharding.work import TableLoad, Work
 
 BY_COLUMNS = frozenset({"column_wise", "table_column_wise", "grid_shard"})
 CUTS = 128  # how finely the share of the rows that is left is searched
-MOST_RANKS = 4096
+MOST_RANKS = 4096  # what the planner has been tried on
+GIB = 2.0**30
 SCALES = (0.75, 0.5, 0.25, 0.125)  # of the columns
 
 
@@ -62,15 +65,13 @@ class _Try:
     asked: _Asked
 
 
-def ways_out(
-    work: Work, topology: Topology, *, rules: Mapping[str, Rule], limits: Limits, short: Infeasible
-) -> list[WayOut]:
-    """The ways out of `short`, in the order above."""
+def ways_out(work: Work, topology: Topology, *, rules: Mapping[str, Rule], limits: Limits) -> list[WayOut]:
+    """The ways out where no plan fits, in the order above."""
     asked = _Asked(work=work, topology=topology, rules=rules, limits=limits)
     found = []
     for attempts in (
         *_rules_lifted(asked),
-        _larger_limits(asked, short),
+        *_larger_limits(asked),
         _more_devices(asked),
         _smaller_batches(asked),
         *(_small_rows(asked, row_type) for row_type in ("bf16", "int8")),
@@ -139,20 +140,41 @@ def _open(rule: Rule) -> Rule:
     return Rule(shardings=shardings, tiers=tiers, **can, said=rule.said)
 
 
-def _larger_limits(asked: _Asked, short: Infeasible) -> list[_Try]:
-    """A device limit above the one given, up to what the device has."""
-    device, most = asked.limits.device, asked.topology.device_memory * (1 - SPARE)
-    if device is None or device >= most:
-        return []
-    sizes = {min(most, device + factor * 1.001 * short.short_by) for factor in (1, 1.1, 1.5, 2, 4)} | {most}
-    return [
-        _Try(
-            f"a memory limit of {gib(size)} a rank instead of {gib(device)}",
-            {"device_bytes": int(size)},
-            replace(asked, limits=replace(asked.limits, device=size)),
-        )
-        for size in sorted(sizes)
+def _larger_limits(asked: _Asked) -> Iterator[list[_Try]]:
+    """Limits above the ones given, up to what the device, or the host, has; then both, where neither helps alone."""
+    device, host = asked.limits.device, asked.limits.host
+    most_of_device, most_of_host = Limits().of(asked.topology)
+    alone = [
+        [_with_limits(asked, size, host) for size in _up_to(device, most_of_device)],
+        [_with_limits(asked, device, size) for size in _up_to(host, most_of_host)],
     ]
+    yield from alone
+    if all(alone) and not any(attempts[-1].asked.possible() for attempts in alone):
+        yield [_with_limits(asked, most_of_device, size) for size in _up_to(host, most_of_host)]
+
+
+def _up_to(given: float | None, most: float) -> list[float]:
+    """Limits above the one given: an eighth more each, in whole GiB, and at last all that there is."""
+    if given is None or given >= most:
+        return []
+    found, size = [], given
+    while (size := size * 1.125) < most:
+        found.append(np.ceil(size / GIB) * GIB if size > GIB else size)
+    return [*dict.fromkeys(s for s in found if s < most), most]
+
+
+def _with_limits(asked: _Asked, device: float | None, host: float | None) -> _Try:
+    """What is larger than it was, told."""
+    how, change = [], {}
+    for new, old, words, name in (
+        (device, asked.limits.device, "a rank", "device_bytes"),
+        (host, asked.limits.host, "a host for tables", "host_bytes"),
+    ):
+        if new is not None and old is not None and new > old:
+            how.append(f"{gib(new)} {words} instead of {gib(old)}")
+            change[name] = int(new)
+    limits = Limits(device=device, host=host)
+    return _Try(f"a memory limit of {' and of '.join(how)}", change, replace(asked, limits=limits))
 
 
 def _more_devices(asked: _Asked) -> list[_Try]:

@@ -20,7 +20,7 @@ from sharding import topology
 from sharding.embeddings import Embeddings, build_embeddings
 from sharding.fbgemm import lacks_decay
 from sharding.plan import Figures, work_of
-from sharding.planner import Limits, Rule
+from sharding.planner import Limits, Rule, gib
 from sharding.skew import Skew
 from sharding.topology import Topology, quantity
 from sharding.work import Work
@@ -57,6 +57,11 @@ def limits_of(config: Config, cluster: Topology) -> Limits:
                 "the host's"
             )
         return Limits(device=None if host is None else host / cluster.ranks_per_host)
+    if device is not None and device > cluster.device_memory:
+        raise UserError(
+            f"plan.hbm = {plan.hbm!r}: a rank of {cluster.title} has {gib(cluster.device_memory)} of device memory; "
+            "use at most that, or give a profile with more"
+        )
     return Limits(device=device, host=host)
 
 
@@ -68,6 +73,8 @@ def constraints_of(config: Config, *, device: str) -> list[tuple[tuple[str, ...]
         if constraint.sharding is None and constraint.tier is None:
             raise UserError(f"{said}: says neither sharding nor tier, so it constrains nothing; give one, or remove it")
         patterns = (constraint.match,) if isinstance(constraint.match, str) else constraint.match
+        if not patterns:
+            raise UserError(f"{said}: match = [] names no table; give names or patterns of tables, or remove it")
         rule = Rule(
             shardings=None if constraint.sharding is None else frozenset(constraint.sharding),
             tiers=None if constraint.tier is None else frozenset(constraint.tier),

@@ -63,6 +63,11 @@ def resolve(config: Config, dataset: Dataset) -> ResolvedTables:
     policy: dict[str, str] = {}
     for name, members in drafts.items():
         table = _table(name, members)
+        if table.rows < 1:
+            raise UserError(
+                f"table {name!r} has {table.rows} rows, the cardinality of feature {members[0][0].name!r} in dataset "
+                f"{dataset.name!r}; a table has at least one: prepare the data again, or set rows in an override"
+            )
         tables.append(table)
         for feature, options in members:
             rows[feature.name] = table.rows

@@ -154,10 +154,11 @@ def test_no_way_out_leads_where_a_kind_cannot_go(command, small):
     code, out, err = command(*words, "--json")
     changes = [way["change"] for way in json.loads(out)["ways_out"]]
     assert code == 1 and changes and not any({"column_split", "tier", "rules"} & set(c) for c in changes), changes
-    code, _, err = command(
-        *PLAN, "--cluster", "h100-80gb:1x8", "--set", COLLISIONLESS, "--compare", "auto", "grid_shard"
-    )
-    assert code == 2 and "table 'user' cannot be grid_shard (tables: kind = 'collisionless'" in " ".join(err.split())
+    words = (*PLAN, "--cluster", "h100-80gb:1x8", "--set", COLLISIONLESS, "--compare", "auto", "grid_shard")
+    found = json.loads(command(*words, "--json")[1])
+    assert found["b"]["left"] == ["user"]
+    code, out, err = command(*words)
+    assert code == 0 and "not grid_shard, as they cannot be, but where the planner put them: user" in out, err
 
 
 def test_tables_are_only_where_their_kernels_can_have_them(command, small):
@@ -202,6 +203,12 @@ def test_a_page_of_the_plan(command, small):
     [
         (["--cluster", "h100:1x8"], "no profile 'h100'"),
         (["--cluster", "h100-80gb:1x8", "--hbm", "60"], "without a unit"),
+        (["--cluster", "h100-80gb:1x8", "--hbm=-6GiB"], "above zero"),
+        (["--cluster", "h100-80gb:1x8", "--hbm", "600GiB"], "has 79.10 GiB of device memory"),
+        (["--cluster", "h100-80gb:1000x8"], "8,000 ranks; at most 4,096"),
+        (["--cluster", "h100-80gb:1x8", "--compare", "auto", "small.toml"], "not a plan.json"),
+        (["--dataset", "small.toml"], "not a tablemesh dataset"),
+        (["--set", 'plan.constraints=[{match=[], sharding="row_wise"}]'], "match = [] names no table"),
         (["--hbm", "60GiB"], "no device memory"),
         (["--cluster", "h100-80gb:1x3"], "4096 does not divide over the 3 ranks"),
         (["--compare", "auto", "nothing"], "neither a file nor a plan"),
@@ -228,6 +235,24 @@ def test_data_that_is_not_there(command, small):
     assert code == 2 and "--dataset FILE" in err
     code, _, err = command("train", "small.toml", "--plan", "none.json")
     assert code == 2 and "--plan none.json: no such file" in err
+
+
+def test_a_table_of_no_rows(command, small):
+    text = (small / "dataset.json").read_text()
+    (small / "dataset.json").write_text(text.replace(f'"cardinality":{ROWS["item"]}', '"cardinality":0'))
+    code, _, err = command(*PLAN, "--cluster", "h100-80gb:1x8")
+    assert code == 2 and "table 'item' has 0 rows" in err
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_line_is_longer_than_the_terminal(command, small, columns, monkeypatch):
+    """With a long name, tiers, and many ranks; every table's runner-up has its price."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ("--set", 'tables.override=[{match="tags", table="tags_of_all_the_items_that_a_user_has_looked_at"}]')
+    for words in (("--cluster", "h100-80gb:4x8"), ("--cluster", "h100-80gb:1x8", "--hbm", "3GiB")):
+        code, out, err = command(*PLAN, *words, *names)
+        assert code == 0 and max(map(len, out.splitlines())) <= columns, err
+        assert "runner-up" in out and ("tags_of_all_the_items_that_a_user_has_looked_at" in out or columns == 80)
 
 
 def test_constraints_hold(command, small):

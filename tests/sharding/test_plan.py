@@ -163,6 +163,10 @@ def test_a_plan_comes_back_from_its_file(sharding, tmp_path):
         (lambda d: d["tables"][0].update(rows=11), ["11 rows", "10 of 16"]),
         (lambda d: d["tables"][0]["shards"].pop(), ["do not cover"]),
         (lambda d: d["tables"][0]["shards"][0].update(rank=9), ["ranks 0 to 3"]),
+        (lambda d: d["tables"][0]["shards"][0].update(rank="first"), ["broken", "'first'"]),
+        (lambda d: d["tables"][0].update(sharding="by_hand"), ["by_hand", "do not cover"]),
+        (lambda d: d["tables"][0].update(sharding="table_wise"), ["do not cover"]),
+        (lambda d: d["tables"][0].update(tier="tape"), ["'tape'", "device, cache, host"]),
         (lambda d: d.pop("tables"), ["not a plan.json"]),
     ],
 )

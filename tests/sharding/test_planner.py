@@ -243,7 +243,7 @@ def test_ways_out_are_tried_and_each_of_them_works():
     with pytest.raises(Infeasible) as error:
         solve(work, cluster)
     assert error.value.short_by > 0 and error.value.who
-    ways = ways_out(work, cluster, rules={}, limits=Limits(), short=error.value)
+    ways = ways_out(work, cluster, rules={}, limits=Limits())
     changes = {key: value for way in ways for key, value in way.change.items()}
     assert {"cluster", "rows", "rows_share", "dim"} <= set(changes)
     solve(work, parse(changes["cluster"]))
@@ -270,11 +270,37 @@ def test_ways_out_are_tried_and_each_of_them_works():
 def test_rules_that_are_in_the_way_are_named_as_a_way_out(rule, key):
     rows = 100_000_000 if key == "column_split" else 800_000_000
     work, cluster = work_of((rows, 128), (1000, 16)), parse("a100-40gb:1x8")
-    with pytest.raises(Infeasible) as error:
+    with pytest.raises(Infeasible):
         solve(work, cluster, rules={"t0": rule})
-    ways = ways_out(work, cluster, rules={"t0": rule}, limits=Limits(), short=error.value)
+    ways = ways_out(work, cluster, rules={"t0": rule}, limits=Limits())
     way = next(w for w in ways if key in w.change)
     assert way.change[key] == ["t0"] and "t0" in way.how and way.step > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "keys"),
+    [
+        (Limits(device=4e9, host=2e10), {"device_bytes", "host_bytes"}),  # 95 GiB: either is enough
+        (Limits(host=1e9), {"host_bytes"}),
+    ],
+)
+def test_larger_limits_are_ways_out_as_small_as_they_can_be(limits, keys):
+    rows = 200_000_000 if limits.device else 800_000_000
+    work, cluster = work_of((rows, 128), (1000, 16)), parse("a100-40gb:1x8")
+    with pytest.raises(Infeasible):
+        solve(work, cluster, limits=limits)
+    ways = [way.change for way in ways_out(work, cluster, rules={}, limits=limits)]
+    changes = [way for way in ways if {"device_bytes", "host_bytes"} & set(way)]
+    assert {key for way in changes for key in way} == keys
+    for way in changes:
+        larger = Limits(device=way.get("device_bytes", limits.device), host=way.get("host_bytes", limits.host))
+        solve(work, cluster, limits=larger)
+        smaller = Limits(
+            device=way["device_bytes"] * 0.8 if "device_bytes" in way else limits.device,
+            host=way["host_bytes"] * 0.8 if "host_bytes" in way else limits.host,
+        )
+        with pytest.raises(Infeasible):
+            solve(work, cluster, limits=smaller)
 
 
 def many_tables(count: int) -> tuple[TableLoad, ...]:

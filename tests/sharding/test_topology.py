@@ -32,7 +32,9 @@ def test_quantities(text, kind, value):
         ("80GHz", "bytes", ["'GHz' is not a unit of bytes"]),
         ("80GB", "bytes/s", ["'GB' is not a unit of bytes/s", "GB/s"]),
         ("0GiB", "bytes", ["above zero"]),
-        ("-1GiB", "bytes", ["a number with its unit"]),
+        ("-1GiB", "bytes", ["above zero"]),
+        ("1e400GB", "bytes", ["finite"]),
+        ("nanGB", "bytes", ["a number with its unit"]),
         ("lots", "s", ["a number with its unit", "'5us'"]),
         (True, "bytes", ["a number with its unit"]),
     ],
@@ -94,6 +96,7 @@ def test_profiles_from_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ('[profiles.a]\nlike = "h100-80gb"\nlink_efficiency = "120%"', ["link_efficiency = '120%'", "at most 100%"]),
         ('[profiles.a]\nlike = "h100-80gb"\ndevice_memory = 80', ["profiles.a.device_memory = 80", "without a unit"]),
         ('[profiles.a]\nlike = "h100-80gb"\nmemory = "80GB"', ["profiles.a.memory: unknown key", "host_memory"]),
         ('[profiles.a]\nlike = "v100"', ["profiles.a.like = 'v100'", "h100-80gb"]),

@@ -13,7 +13,7 @@ Column types in the Parquet files of a prepared dataset:
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels.errors import UserError
 
@@ -124,15 +124,28 @@ class Dataset(Frozen):
 
 def load(folder: str | Path) -> Dataset:
     """Read DEST/dataset.json.  UserError when it is missing, broken or of a newer version."""
-    path = Path(folder) / "dataset.json"
+    return read(Path(folder) / "dataset.json")
+
+
+def read(path: Path) -> Dataset:
+    """The same of a file anywhere."""
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; `tablemesh prepare SOURCE {folder}` writes it") from error
-    try:
-        found = Dataset.model_validate_json(text)
+        raise UserError(f"{path}: {error.strerror}; `tablemesh prepare SOURCE {path.parent}` writes it") from error
     except ValueError as error:
         raise UserError(f"{path}: not a tablemesh dataset: {error}; run `tablemesh prepare` again") from error
+    try:
+        found = Dataset.model_validate_json(text)
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_input=False)
+        ]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{path}: not a tablemesh dataset: {'; '.join(wrong[:3])}{more}; run `tablemesh prepare` again"
+        ) from None
     if found.version > VERSION:
         raise UserError(f"{path}: version {found.version}, this tablemesh reads up to {VERSION}; upgrade tablemesh")
     return found
