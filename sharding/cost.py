@@ -477,7 +477,7 @@ def _fixed_seconds(work: Work, topology: Topology, latency: float) -> dict[str, 
 
 
 def _fixed_bytes(work: Work, topology: Topology) -> dict[str, float]:
-    """Bytes of each rank that no plan changes."""
+    """Bytes of each rank that no plan changes.  A GPU's readers are in its host's memory."""
     dense, rows = work.dense, work.batch_size / topology.world_size
     flight = BATCHES_IN_FLIGHT if work.overlapped else 1
     columns = sum(t.dim * t.bags for t in work.tables)
@@ -487,4 +487,4 @@ def _fixed_bytes(work: Work, topology: Topology) -> dict[str, float]:
         "dense": dense.parameters * (3 * ELEMENT + dense.state_per_parameter),  # weights, gradients, buckets
         "activations": rows * (dense.activation_bytes_per_row + 2 * ELEMENT * columns),
         "batches": flight * rows * per_row,
-    }
+    } | ({"readers": work.readers.of_rank(topology.world_size)} if topology.device == "cpu" else {})

@@ -43,7 +43,7 @@ from sharding.plan_file import read
 from sharding.planner import Limits, Rule, Solution
 from sharding.skew import Skew
 from sharding.tables.base import ROW_SCALES, ROW_TYPES, SHARDING_TYPES, Table, stored_dim
-from sharding.work import ELEMENT, DenseWork, TableLoad, Work
+from sharding.work import ELEMENT, DenseWork, Readers, TableLoad, Work
 
 # Of the EmbeddingBagCollections in a task: tables looked up by bag, id by id, and by rows that are given to ids.
 COLLECTION, COLLECTION_PER_ID, COLLECTION_BY_ID = "embeddings.ebc", "embeddings.ebc_per_id", "embeddings.ebc_by_id"
@@ -161,6 +161,7 @@ def work_of(
     overlapped: bool = True,
     bf16: bool = False,
     vector_element: int = ELEMENT,
+    readers: Readers = Readers(),
 ) -> Work:
     """What the planner prices: the physical tables with the ids that reach them, and the dense work.
 
@@ -201,6 +202,7 @@ def work_of(
         overlapped=overlapped,
         bf16=bf16,
         vector_element=vector_element,
+        readers=readers,
     )
 
 

@@ -57,6 +57,21 @@ class DenseWork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Readers:
+    """The data's readers, in host memory (trainer/data/footprint.py).
+
+    streams: over all ranks.  stream_bytes: for each of a rank's.  fixed_bytes: of a rank, whatever its streams.
+    """
+
+    streams: int = 0
+    stream_bytes: float = 0.0
+    fixed_bytes: float = 0.0
+
+    def of_rank(self, world_size: int) -> float:
+        return -(-self.streams // world_size) * self.stream_bytes + self.fixed_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What is trained: tables, dense work, samples per global step.
 
@@ -69,6 +84,7 @@ class Work:
     overlapped: bool = True
     bf16: bool = False
     vector_element: int = ELEMENT
+    readers: Readers = Readers()
 
     @property
     def features(self) -> int:

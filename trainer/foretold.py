@@ -36,19 +36,26 @@ def table_bytes(model: nn.Module, optimizer: Any) -> int:
 
 
 def foretold(plan: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
-    """name, unit ("ms" or "bytes"), predicted, measured, ratio (predicted / measured); of what both sides know.
+    """name, unit ("ms" or "bytes"), predicted, measured, ratio (predicted / measured), note; of what both sides know.
 
-    A plan that was read from a file says nothing of steps and peaks.
+    note: what the prediction leaves out.  A plan that was read from a file says nothing of steps and peaks.
     """
     predicted, memory = plan.get("predicted", {}), report["memory"]
     tables = [rank["table_bytes"] + rank["optimizer_bytes"] for rank in plan["ranks"]]
+    profile = str(plan.get("cluster", "")).partition(":")[0]
+    guessed = "by estimates for a common CPU: `tablemesh bench calibrate` measures this one" if profile == "cpu" else ""
+    left_out = (
+        "not counted: what allocators and pools keep beside what is in use, code compiled on the way, gloo"
+        if report.get("device") == "cpu"
+        else ""
+    )
     pairs = [
-        ("step, median", "ms", predicted.get("step_ms"), report["train"]["step_ms"]["p50"]),
-        ("tables and their optimizer state, fullest rank", "bytes", max(tables), max(memory["tables_per_rank"])),
-        ("all memory, fullest rank", "bytes", max(predicted.get("rank_bytes", [0])), memory["peak_bytes"]),
+        ("step, median", "ms", predicted.get("step_ms"), report["train"]["step_ms"]["p50"], guessed),
+        ("tables and their optimizer state, fullest rank", "bytes", max(tables), max(memory["tables_per_rank"]), ""),
+        ("all memory, fullest rank", "bytes", max(predicted.get("rank_bytes", [0])), memory["peak_bytes"], left_out),
     ]
     return [
-        {"name": name, "unit": unit, "predicted": first, "measured": second, "ratio": first / second}
-        for name, unit, first, second in pairs
+        {"name": name, "unit": unit, "predicted": first, "measured": second, "ratio": first / second, "note": note}
+        for name, unit, first, second, note in pairs
         if first and second
     ]

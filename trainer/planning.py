@@ -27,6 +27,7 @@ from sharding.work import Work
 from trainer import precision
 from trainer.config import Config
 from trainer.data.dataset import Categorical, Dataset
+from trainer.data.footprint import readers
 from trainer.dense_work import dense_work
 from trainer.models.base import ModelInputs
 from trainer.optim.base import plugin
@@ -121,6 +122,7 @@ def work_of_config(config: Config, dataset: Dataset, model: "OnMeta", *, device:
         overlapped=config.train.pipeline == "overlapped",
         bf16=bf16,
         vector_element=2 if bf16 and not fbgemm else 4,
+        readers=readers(config, dataset, model.tables.rows),
     )
 
 

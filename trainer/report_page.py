@@ -72,7 +72,7 @@ def view(run_dir: Path) -> dict[str, Any]:
         "charts": _charts(train, evals, bayes, report),
         "phases": _phases(report),
         "ranks": _ranks(plan),
-        "foretold": report.get("foretold") or [],
+        "foretold": [{"note": "", **row} for row in report.get("foretold") or []],
         "planner": plan.get("planner"),
         "tables": _tables(plan),
         "logical": report_tables.view(report),
