@@ -103,6 +103,7 @@ def plan_cells(
         for budget in budgets:
             try:
                 fitted = module.fit(tables, round(budget * full))
+                resolve(with_overrides(config, overrides_of(fitted)), dataset)  # what a cell would stumble over
             except OptionError as error:
                 raise UserError(f"--kinds {text!r}: {error}") from None
             except UserError as error:

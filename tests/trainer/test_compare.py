@@ -126,6 +126,22 @@ def test_a_kind_that_cannot_be_read_is_named(kind, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_what_a_cell_would_stumble_over_is_left_out_before_any_is_trained():
+    """Ids of 64 bits, of which a table with a row for each of so many cannot have any."""
+    wide = DATASET.model_copy(
+        update={
+            "categorical": tuple(
+                c.model_copy(update={"ids": "hash64", "cardinality": 3000}) for c in DATASET.categorical
+            )
+        }
+    )
+    base = config({"dim": 8, "override": [{"match": "*", "kind": "collisionless"}]})
+    base = base.model_copy(update={"data": base.data.model_copy(update={"id_policy": "error"})})
+    cells, refused = compare.plan_cells(base, wide, kinds=["collisionless", "hashed"], budgets=[1.0], seeds=1)
+    assert [c.kind for c in cells] == ["collisionless"]
+    assert [r["kind"] for r in refused] == ["hashed"] and 'id_policy = "hash"' in refused[0]["why"]
+
+
 def row(kind, budget, seed, auc):
     return {
         "kind": kind, "budget": budget, "seed": seed, "bytes": int(1000 * budget), "auc": auc, "logloss": 1 - auc,
