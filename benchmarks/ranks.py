@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import usable_cores
-from trainer import process
+from trainer import process, quiet
 
 
 class Ranks:
@@ -82,6 +82,7 @@ class Ranks:
 def _rank(
     pipe: Connection, store: str, rank: int, world_size: int, make: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    quiet.install()
     import torch.distributed as dist
 
     os.environ |= {
