@@ -61,14 +61,20 @@ class Readers:
     """The data's readers, in host memory (trainer/data/footprint.py).
 
     streams: over all ranks.  stream_bytes: for each of a rank's.  fixed_bytes: of a rank, whatever its streams.
+    decoded_bytes: of row groups, for each stream; most_decoded_bytes: for all streams of a rank together, since those
+        that read one row group at a time have it from one decoding.
     """
 
     streams: int = 0
     stream_bytes: float = 0.0
     fixed_bytes: float = 0.0
+    decoded_bytes: float = 0.0
+    most_decoded_bytes: float = 0.0
 
     def of_rank(self, world_size: int) -> float:
-        return -(-self.streams // world_size) * self.stream_bytes + self.fixed_bytes
+        streams = -(-self.streams // world_size)
+        decoded = min(streams * self.decoded_bytes, self.most_decoded_bytes)
+        return streams * self.stream_bytes + decoded + self.fixed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

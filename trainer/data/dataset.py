@@ -20,6 +20,7 @@ from kernels.errors import UserError
 FORMAT = "tablemesh-dataset"
 VERSION = 1
 SPLITS = ("train", "valid", "test")
+FIGURES_ONLY = "figures only"  # the fingerprint where the files are not there and their row groups stand for all rows
 
 
 class Frozen(BaseModel):
@@ -103,7 +104,7 @@ class Dataset(Frozen):
     weight: str | None = None
     timestamp: str | None = None
     splits: dict[str, Split]
-    fingerprint: str  # hash over the contents of every file and the schema
+    fingerprint: str  # hash over the contents of every file and the schema, or FIGURES_ONLY
     bayes: dict[str, Bayes] = {}  # by split
     positive_rate: dict[str, float] = {}  # mean of each label on the train split
     rejected: int = 0  # malformed lines of the source, listed in DEST/rejected.tsv

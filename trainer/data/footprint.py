@@ -2,15 +2,17 @@
 
     readers(config, dataset, rows) -> Readers      bytes for each stream of a rank, and bytes whatever its streams
 
-The terms are those that trainer/data/loader.py names, at most; pools and the allocator keep more.
+The terms are those that trainer/data/loader.py names, at most; pools and the allocator keep more.  A dataset.json of
+figures alone stands for data that `prepare` will write, in row groups of its size.
 """
 
 from collections.abc import Mapping
 
 from sharding.work import Readers
 from trainer.config import Config
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import FIGURES_ONLY, Dataset
 from trainer.data.loader import BLOCK_ROWS, BLOCKS_AHEAD, KEPT_ROWS
+from trainer.prepare.write import row_group_rows
 
 WIDE = 2**31  # a table with more rows has ids of 8 bytes in its files
 
@@ -25,16 +27,26 @@ def readers(config: Config, dataset: Dataset, rows: Mapping[str, int]) -> Reader
     splits = {"train": (data.shuffle_window, config.train.batch_size)}
     if config.eval.every and "valid" in dataset.splits:
         splits["valid"] = (1, config.eval.batch_size or config.train.batch_size)
-    stream = fixed = 0.0
+    stream = fixed = held = most_held = 0.0
     for name, (window, batch_size) in splits.items():
         if name not in dataset.splits:
             continue
         split = dataset.splits[name]
         block = -(-BLOCK_ROWS // window) * window
         of_stream = split.rows / data.streams
-        group = max((n for file in split.files for n in file.row_groups), default=0)
+        if dataset.fingerprint == FIGURES_ONLY:
+            group = min(row_group_rows(split.rows), split.rows)
+        else:
+            group = max((n for file in split.files for n in file.row_groups), default=0)
         stream += min((BLOCKS_AHEAD + 2) * block, of_stream) * batched
-        stream += (group + (group if group <= KEPT_ROWS else 0)) * decoded
+        held += (group + (group if group <= KEPT_ROWS else 0)) * decoded
+        most_held += split.rows * decoded
         stream += (data.prefetch + data.threads) * batch_size / data.streams * batched
         fixed += data.threads * min(block, of_stream) * decoded
-    return Readers(streams=data.streams, stream_bytes=stream, fixed_bytes=fixed)
+    return Readers(
+        streams=data.streams,
+        stream_bytes=stream,
+        fixed_bytes=fixed,
+        decoded_bytes=held,
+        most_decoded_bytes=most_held,
+    )
