@@ -15,10 +15,12 @@ gone: that one only the scheduler can replace.
 import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from kernels.errors import UserError
 from launch import failure, machine, rundir
 from launch.agent import Agent
 from launch.failure import Failure
@@ -84,7 +86,7 @@ def run(
                 again(ended)
             elif ended is not None:
                 if queued and verdict == "75":
-                    ended = _count_stop(job, ended)
+                    ended = count_stop(job, ended)
                     verdict = str(ended.exit_code)
                 conclude(ended)
             nodes.tell(turn, verdict)
@@ -124,9 +126,14 @@ def _decide(job: Job, codes: list[int | None], *, again: bool, oom_kills: int) -
     return str(ended.exit_code), ended
 
 
-def _count_stop(job: Job, ended: Failure) -> Failure:
-    """Note the stop in metrics.jsonl; another cause where it is the STOPS-th with no new checkpoint between."""
-    rundir.append_event(job.run_dir, "stopped")
+def count_stop(job: Job, ended: Failure) -> Failure:
+    """On node 0, of a job that is to be queued again: note it in metrics.jsonl; another cause where it was the STOPS-th
+    stop with no new checkpoint between."""
+    try:
+        rundir.append_event(job.run_dir, "stopped")
+    except UserError as error:  # there may be no run folder yet
+        print(f"the stop could not be noted: {error}", file=sys.stderr)
+        return ended
     stops, step = 0, None
     for event in runlog.events(job.run_dir / "metrics.jsonl"):
         if event["event"] == "checkpoint":

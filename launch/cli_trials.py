@@ -87,7 +87,8 @@ def compare_tables(
         int | None, typer.Option(min=1, help="Trained beside each other; default: one for each core.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the comparison; what it holds is not trained again.")
+        Path | None,
+        typer.Option(help="Folder of the comparison; what it holds, with as many processes, is not trained again."),
     ] = None,
     set_: Set = None,
     as_json: Json = False,

@@ -17,7 +17,8 @@ environment variable with node 0's address. In order:
 5. Node 0 finds the cause of a failure, writes it into the report and prints it.
 
 Exit code: 0 done, 2 the user's input was wrong, 75 stopped after a checkpoint (queue the job again; not for ever,
-see launch/attempts.py), 1 anything else.
+see launch/attempts.py), 1 anything else. Stopped before the ranks began, the nodes but the first end with 0: the job's
+code is the highest.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from launch import agent, attempts, job, machine, network, rank, roll_call, rund
 from launch.failure import Failure
 from trainer import quiet
 
+NOT_BEGUN = "stopped before the ranks began; `tablemesh train RUN --resume auto` goes on from the newest checkpoint"
 CONFIG = "TABLEMESH_CONFIG"  # environment variable with the TOML of a run folder that is yet to be made
 
 
@@ -76,7 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except attempts.Stopped as stopped:
         print(f"node {args.node_rank}: stopped by {stopped} while no ranks ran", file=sys.stderr)
-        return 75 if str(stopped) == "SIGUSR1" else 1
+        if str(stopped) != "SIGUSR1":
+            return 1
+        if args.node_rank != 0:  # srun's exit code is the highest: node 0 decides whether the job is queued again
+            return 0
+        ended = attempts.count_stop(work, Failure(kind="interrupted", message=NOT_BEGUN, exit_code=75))
+        _finish(args, work, ended, started)
+        return ended.exit_code
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -145,7 +153,7 @@ def _run(args: argparse.Namespace, work: job.Job, nodes: roll_call.Nodes, starte
         _finish(args, work, ended, started)
 
     if args.preflight:
-        code = attempts.run(there, work, nodes, module="launch.preflight", conclude=conclude)
+        code = attempts.run(there, work, nodes, module="launch.preflight", queued=True, conclude=conclude)
         if code:
             return code
     return attempts.run(

@@ -129,38 +129,42 @@ def run_cells(
 ) -> list[dict[str, Any]]:
     """The figures of every cell, in order.  progress(done, of, what) is called as they come.
 
+    A cell that was trained with as many processes and threads is kept: with others its speeds are others.
     Raises UserError when a cell fails; what was finished before is kept.
     """
     kept = folder / "cells"
     kept.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in cells if _read(kept, cell) is None]
+    beside = {"processes": processes, "threads": threads}
+    missing = [cell for cell in cells if _read(kept, cell, beside) is None]
     done = len(cells) - len(missing)
     if not cells:
         return []
     progress(done, len(cells), "kept from before" if done else "starting")
     if missing:
         context = multiprocessing.get_context("spawn")
-        workers = min(processes, len(missing))
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(
+            min(processes, len(missing)), mp_context=context, initializer=_start, initargs=(threads,)
+        ) as pool:
             futures = {pool.submit(run_cell, cell): cell for cell in missing}
             try:
                 for future in as_completed(futures):
                     cell = futures[future]
-                    beside = {"processes": workers, "threads": threads}
                     report.write_json(kept, future.result() | beside, name=f"{cell.key}.json")
                     done += 1
                     progress(done, len(cells), f"{cell.kind} at {cell.budget:g}, seed {cell.seed}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [_read(kept, cell) for cell in cells]
+    return [_read(kept, cell, beside) for cell in cells]
 
 
-def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """A cell's figures under this comparison's name for it; None where they are missing or broken."""
+def _read(folder: Path, cell: Cell, beside: dict[str, int]) -> dict[str, Any] | None:
+    """A cell's figures under this comparison's name for it; None: missing, broken, or `beside` differs."""
     try:
         found = json.loads((folder / f"{cell.key}.json").read_text())
     except (OSError, ValueError):
+        return None
+    if any(found.get(key) != value for key, value in beside.items()):
         return None
     return found | {"kind": cell.kind, "budget": cell.budget, "seed": cell.seed}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import UserError
-from launch import gpu, preflight, roll_call
+from launch import attempts, gpu, preflight, roll_call, rundir
+from launch import node as nodes_module
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -145,9 +146,15 @@ def test_a_users_error_ends_both_nodes_at_once(tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["error"]["kind"] == "user"
 
 
-def test_a_signal_before_the_time_limit_that_finds_ranks_starting_is_not_lost(tmp_path):
-    """They die of it, or have nothing to save; a restart would have no second signal before the limit."""
+@pytest.mark.parametrize(("stops", "code"), [(0, 75), (attempts.STOPS - 1, 2)])
+def test_a_signal_before_the_time_limit_that_finds_ranks_starting_is_not_lost(tmp_path, stops, code):
+    """They die of it, or have nothing to save; a restart would have no second signal before the limit.
+
+    A job that has been queued again for nothing STOPS - 1 times is not queued once more.
+    """
     run_dir, nodes = start_nodes(tmp_path, "--restarts", "3", env={"FAKE": "wait"})
+    for _ in range(stops):
+        rundir.append_event(run_dir, "stopped")
     deadline = time.monotonic() + 200
     while len(list(run_dir.glob("rank_*.pid"))) < 4:
         assert time.monotonic() < deadline
@@ -155,8 +162,26 @@ def test_a_signal_before_the_time_limit_that_finds_ranks_starting_is_not_lost(tm
     for node in nodes:
         node.send_signal(signal.SIGUSR1)
     said = [node.communicate(timeout=200)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [75, 75], said
+    assert [node.returncode for node in nodes] == [code, code], said
     assert "starting again" not in said[0]
+    if code == 2:
+        assert (
+            "no new checkpoint between (there is none)"
+            in json.loads((run_dir / "report.json").read_text())["error"]["message"]
+        )
+
+
+def test_a_job_stopped_before_its_ranks_is_not_queued_for_ever(tmp_path, monkeypatch):
+    def stop(**_):
+        raise attempts.Stopped("SIGUSR1")
+
+    monkeypatch.setattr(attempts, "catch_signals", lambda: None)
+    monkeypatch.setattr(roll_call.Nodes, "meet", stop)
+    words = ["--head", "HEAD", "--port", "1", "--run-id", "x", "--nproc", "2", "--job", str(tmp_path / "JOB.json")]
+    codes = [nodes_module.main(["--nodes", "2", "--node-rank", "0", *words]) for _ in range(attempts.STOPS)]
+    assert codes == [75] * (attempts.STOPS - 1) + [2]
+    assert nodes_module.main(["--nodes", "2", "--node-rank", "1", *words]) == 0, "srun takes the highest code, node 0's"
+    assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
 
 
 def rank(**changes):

@@ -88,7 +88,7 @@ def test_a_job_that_gets_nowhere_is_not_queued_for_ever(tmp_path):
     def stop(checkpoint=None):
         if checkpoint is not None:
             rundir.append_event(tmp_path, "checkpoint", step=checkpoint)
-        return attempts._count_stop(work, saved)
+        return attempts.count_stop(work, saved)
 
     steps = [*range(5), *[None] * (attempts.STOPS - 2), 9, *[None] * (attempts.STOPS - 2)]
     assert {stop(step).exit_code for step in steps} == {75}

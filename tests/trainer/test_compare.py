@@ -189,10 +189,14 @@ def test_finished_cells_are_read_back_and_the_page_stands_alone(tmp_path):
     )
     (tmp_path / "cells").mkdir()
     for cell, auc in zip(cells, (0.70, 0.72, 0.74), strict=True):
-        (tmp_path / "cells" / f"{cell.key}.json").write_text(json.dumps(row("?", 0.0, 0, auc)))
+        (tmp_path / "cells" / f"{cell.key}.json").write_text(
+            json.dumps(row("?", 0.0, 0, auc) | {"processes": 1, "threads": 1})
+        )
     said = []
     rows = compare.run_cells(cells, tmp_path, processes=1, threads=1, progress=lambda *args: said.append(args))
     assert said == [(3, 3, "kept from before")]
+    beside = {"processes": 2, "threads": 1}
+    assert compare._read(tmp_path / "cells", cells[0], beside) is None, "its speeds are of one process"
     assert [(r["kind"], r["budget"], r["seed"]) for r in rows] == [("hashed", 0.5, seed) for seed in (1, 2, 3)]
     found = compare.result(config({"dim": 8}), DATASET, rows, refused, FULL)
     (entry,) = found["summary"]
