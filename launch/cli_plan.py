@@ -15,8 +15,8 @@ def plan(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: the first of --what-if, else "
-            "this machine with train.nproc ranks."
+            help="PROFILE:HOSTSxRANKS, such as h100-80gb:16x8; default: the first of --what-if that can have what "
+            "the config asks for, else this machine with train.nproc ranks."
         ),
     ] = None,
     dataset: Annotated[
@@ -52,9 +52,8 @@ def plan(
     from trainer import report as reports
 
     resolved = configs.load(config, set_ or [])
-    if cluster is None and what_if is not None:
-        cluster = sizes.first(what_if)
-    asked = plans.make(resolved, dataset=dataset, cluster=cluster, hbm=hbm, host_mem=host_mem, profiles=profiles)
+    on = sizes.titles(what_if) if cluster is None and what_if is not None else cluster
+    asked = plans.make(resolved, dataset=dataset, cluster=on, hbm=hbm, host_mem=host_mem, profiles=profiles)
     console = console_for(as_json)
     if compare is not None:
         sides = plans.compare(asked, *compare)

@@ -27,7 +27,7 @@ from sharding.planner import Infeasible, Limits, Rule, Solution
 from sharding.simulate import Step, simulate
 from sharding.tables.base import SHARDING_TYPES
 from sharding.topology import Topology, quantity
-from sharding.ways_out import MOST_RANKS, WayOut, ways_out
+from sharding.ways_out import MOST_RANKS, WayOut, memory_words, ways_out
 from sharding.work import Work
 
 
@@ -59,13 +59,14 @@ def make(
     config: Any,
     *,
     dataset: Path | None = None,
-    cluster: str | None = None,
+    cluster: str | Sequence[str] | None = None,
     hbm: str | None = None,
     host_mem: str | None = None,
     profiles: Path | None = None,
 ) -> Asked:
     """config: of a run.  dataset: a dataset.json or its folder, where it is not at data.path.  cluster: such as
-    "h100-80gb:16x8"; this machine with train.nproc ranks when None.  hbm, host_mem: instead of the config's."""
+    "h100-80gb:16x8"; of several the first that can have what the config asks for; this machine with train.nproc ranks
+    when None.  hbm, host_mem: instead of the config's."""
     from trainer import planning
     from trainer.tables import with_overrides
 
@@ -82,13 +83,16 @@ def make(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         ranks = config.train.nproc
-        found = planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)
+        found = [planning.cluster_of(config, world_size=ranks, local_world_size=ranks, device=device)]
     else:
-        found = topology.parse(cluster, known)
-    if found.world_size > MOST_RANKS:
-        raise UserError(f"cluster {found.title}: {found.world_size:,} ranks; at most {MOST_RANKS:,} are planned")
+        found = [topology.parse(each, known) for each in ([cluster] if isinstance(cluster, str) else cluster)]
 
     def asked_on(cluster: Topology, config: Any, model: Any) -> Asked:
+        if cluster.world_size > MOST_RANKS:
+            raise UserError(
+                f"cluster {cluster.title}: {cluster.world_size:,} ranks; at most {MOST_RANKS:,} are planned"
+            )
+
         def with_tables(overrides: Sequence[Any]) -> Asked:
             changed = with_overrides(config, overrides)
             return asked_on(cluster, changed, planning.on_meta(changed, data))
@@ -111,7 +115,13 @@ def make(
             with_fbgemm=None if int8 or planning.has_fbgemm(config, cluster.device) else with_fbgemm,
         )
 
-    return asked_on(found, config, planning.on_meta(config, data))
+    model, refused = planning.on_meta(config, data), []
+    for each in found:
+        try:
+            return asked_on(each, config, model)
+        except UserError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def opened(config: Any, path: Path | None) -> Any:
@@ -138,8 +148,9 @@ def answer(asked: Asked) -> dict[str, Any]:
     try:
         solution = planner.solve(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
     except Infeasible as short:
-        ways = ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
-        ways += [*_way_by_kernel(asked), *ways_by_kind(asked)]
+        ways = _way_by_kernel(asked)
+        ways += ways_out(asked.work, asked.cluster, rules=asked.rules, limits=asked.limits)
+        ways += ways_by_kind(asked)
         return {
             "feasible": False,
             "cluster": asked.cluster.title,
@@ -166,7 +177,8 @@ def _way_by_kernel(asked: Asked) -> list[WayOut]:
         found = planner.solve(changed.work, changed.cluster, rules=changed.rules, limits=changed.limits)
     except UserError:
         return []
-    how = 'other kernels: kernels.embedding_bag = "fbgemm" can have tables in host memory, with or without a cache'
+    can = frozenset[str]().union(*(changed.rules.get(t.name, Rule()).can_tiers for t in changed.work.tables))
+    how = f'other kernels: kernels.embedding_bag = "fbgemm" can have tables in {memory_words(can - {"device"})}'
     return [WayOut(how=how, step=found.load.step_seconds, change={"embedding_bag": "fbgemm"})]
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import trainer
-from launch.plan_view import in_short, ranks_of, stop_words, words
+from launch.plan_view import fixed_words, in_short, ranks_of, stop_words, words
 from sharding.explain import BOUNDS, SHORT
 from sharding.tables.base import SHARDING_TYPES
 from trainer.report import write_text
@@ -25,7 +25,7 @@ FAR = 4  # a limit so many times what the fullest rank holds is not drawn, but t
 MOST_TABLES = 60  # rows of the map: those that take the most time
 WIDTH = 1100
 MEMORY = {  # what a rank's memory is for -> (words, colour)
-    "fixed": ("dense layers, activations, batches, runtime", 8),
+    "fixed": ("whatever the plan", 8),
     "weights": ("weights", 1),
     "state": ("optimizer state", 4),
     "gradient": ("gradients of data-parallel tables", 6),
@@ -64,12 +64,13 @@ def _pictures(found: Mapping[str, Any]) -> dict[str, Any]:
         "memory": _memory(found),
         "far_limit": _far_limit(found),
         "memory_keys": [
-            (words, colour)
+            (f"{words}: {fixed_words(found)}" if name == "fixed" else words, colour)
             for name, (words, colour) in MEMORY.items()
             if any(r["memory"][name] for r in found["ranks"])
         ],
         "map": _map(found, tables[:MOST_TABLES]),
         "map_rest": len(tables) - MOST_TABLES,
+        "faint": any(_is_faint(found, t) for t in tables[:MOST_TABLES]),
         "used": [s for s in SHARDING_TYPES if any(t["sharding"] == s for t in found["tables"])],
         "tables": tables,
         "per_column": -(-found["world_size"] // MOST_COLUMNS),
@@ -148,7 +149,6 @@ def _map(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Marku
     count_columns = -(-world // per_column)
     left, top = 190, 22
     row = 18 if len(tables) <= 32 else 13
-    on_cpu = all(r["hbm_bytes"] == 0 for r in found["ranks"])
     width = (WIDTH - left) / count_columns
     parts = _rank_axis(world, left, WIDTH - left, 14)
     for i, table in enumerate(tables):
@@ -160,7 +160,7 @@ def _map(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Marku
             f'<text class="tick" x="{left - 10}" y="{y + row - 5}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{left}" y="{y + 1}" width="{WIDTH - left}" height="{row - 2}" fill="var(--track)"/>'
         )
-        faint = "" if on_cpu or table["tier"] == "device" else ' opacity=".5"'
+        faint = ' opacity=".5"' if _is_faint(found, table) else ""
         for first, last in _spans(sorted({r // per_column for r in table["ranks"]})):
             parts.append(
                 f'<rect x="{left + first * width:.2f}" y="{y + 1}" width="{max(1.5, (last - first + 1) * width):.2f}" '
@@ -174,6 +174,11 @@ def _map(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Marku
                 f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{top}" y2="{top + len(tables) * row}" stroke="var(--card)"/>'
             )
     return _svg(top + len(tables) * row + 4, parts, "Which rank holds which table")
+
+
+def _is_faint(found: Mapping[str, Any], table: Mapping[str, Any]) -> bool:
+    """Whether its rows are outside the device's memory.  On a CPU there is one memory."""
+    return table["tier"] != "device" and any(r["hbm_bytes"] for r in found["ranks"])
 
 
 def _rank_axis(world: int, left: float, width: float, y: float) -> list[str]:

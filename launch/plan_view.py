@@ -1,6 +1,6 @@
 """What `tablemesh plan` shows a person: numbers into bars, tables and sentences."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from sharding.cost import FIXED
 from sharding.explain import BOUNDS, SHORT
 from trainer.words import milliseconds, runs, size
 
@@ -21,7 +22,7 @@ NARROW = 96  # characters of a terminal; below it bars are shorter
 COLOURS = {"input": "yellow", "lookup": "blue", "output": "cyan", "gradients": "magenta", "update": "green"}
 # What a bar is made of, to be told apart without colours too: name -> (words, character, colour, what is in it).
 MEMORY = {
-    "fixed": ("dense, activations", "░", "white", ("fixed",)),
+    "fixed": ("whatever the plan", "░", "white", ("fixed",)),
     "weights": ("rows", "█", "blue", ("weights",)),
     "state": ("optimizer state", "▓", "magenta", ("state",)),
     "buffers": ("buffers, ids, cache", "▒", "yellow", ("gradient", "buffers", "ids", "cache")),
@@ -72,8 +73,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _estimates(found: dict[str, Any]) -> str:
-    names, cluster = found["estimates"], found["cluster"].partition(":")[0]
-    if cluster == "cpu":
+    names = found["estimates"]
+    if found["guessed"]:
         return (
             "the numbers of this cluster are estimates for a common CPU; `tablemesh bench calibrate` measures this "
             "machine's, which plans without --cluster then use"
@@ -193,6 +194,13 @@ def _ranks(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(_key("memory", MEMORY))
     console.print(_key("time", TIME))
+    console.print(f"[dim]memory whatever the plan: {fixed_words(found)}[/dim]", highlight=False)
+
+
+def fixed_words(found: Mapping[str, Any]) -> str:
+    """ "libraries 634 MB, dense layers 12 MB": a rank's memory that no plan changes, the largest first."""
+    held = sorted(found["fixed_bytes"].items(), key=lambda each: -each[1])
+    return ", ".join(f"{FIXED.get(name, name)} {size(held_bytes)}" for name, held_bytes in held if held_bytes)
 
 
 def _outstanding(ranks: list[dict[str, Any]], own: Callable[[dict[str, Any]], int]) -> list[list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ def clusters(text: str, profiles: Mapping[str, Topology]) -> list[Topology]:
 
     "h100-80gb:1..8x8,h200:4x8" -> h100-80gb:1x8, :2x8, :4x8, :8x8 and h200:4x8.
     """
-    found = [topology.parse(each, profiles) for part in text.split(",") for each in _doublings(part.strip())]
+    found = [topology.parse(each, profiles) for each in titles(text)]
     for cluster in found:
         if cluster.world_size > MOST_RANKS:
             raise UserError(
@@ -34,9 +34,9 @@ def clusters(text: str, profiles: Mapping[str, Topology]) -> list[Topology]:
     return list(dict.fromkeys(found))
 
 
-def first(text: str) -> str:
-    """The first of these clusters, as text."""
-    return _doublings(text.split(",")[0].strip())[0]
+def titles(text: str) -> list[str]:
+    """Each of these clusters as text, ranges told out."""
+    return [each for part in text.split(",") for each in _doublings(part.strip())]
 
 
 def around(cluster: Topology) -> list[Topology]:

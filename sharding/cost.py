@@ -47,6 +47,7 @@ CACHE_ROW_BYTES = 16  # slot, tag and age of a cached row (FBGEMM's lxu_cache_st
 # CUDA context and NCCL's buffers on a device (estimate); Python with torch, TorchRec, Numba, pyarrow and the code of a
 # look-up and its update on a CPU (605 MiB measured, docs/LOG.md, 2026-11-28).
 RUNTIME_BYTES = {"cuda": 1.5 * 2**30, "cpu": 605 * 2**20}
+FIXED = {"runtime": "libraries", "dense": "dense layers", "readers": "the data's readers"}  # fixed_bytes in words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,7 @@ def explain(solution: Solution) -> dict[str, Any]:
         "volumes": volumes(found),
         "fixed_bytes": {name: int(n) for name, n in prices.fixed_bytes.items()},
         "estimates": prices.topology.estimates,
+        "guessed": prices.topology.guessed,
         "limits": {"device_bytes": int(solution.options.device_limit + prices.base_bytes)},
     }
 

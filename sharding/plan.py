@@ -344,6 +344,7 @@ def predicted(solution: Solution) -> dict[str, Any]:
     step = solution.load.step_seconds
     return {
         "cluster": solution.prices.topology.title,
+        "guessed": solution.prices.topology.guessed,
         "predicted": {
             "step_ms": 1e3 * step,
             "samples_per_second": solution.prices.work.batch_size / step,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.errors import UserError
 from sharding.cost import TIERS
@@ -29,11 +30,10 @@ def read(path: Path, embeddings: Embeddings, world_size: int) -> dict[str, Place
     number of ranks."""
     try:
         found = json.loads(Path(path).read_text())
-        tables = {t["name"]: t for t in found["tables"]}
-        world = found["world_size"]
+        world, listed = found["world_size"], [(t["name"], t) for t in found["tables"]]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a plan.json ({type(error).__name__}: {error}); `tablemesh plan CONFIG --out FILE` writes one"
         ) from error
@@ -41,6 +41,13 @@ def read(path: Path, embeddings: Embeddings, world_size: int) -> dict[str, Place
         raise UserError(
             f"{path}: a plan for {world!r} ranks, but there are {world_size}; plan again, or use as many ranks"
         )
+    names = [name for name, _ in listed]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a table is named {name!r}; a name is text; plan again")
+        if names.count(name) > 1:
+            raise UserError(f"{path}: table {name!r} is listed {names.count(name)} times; plan again")
+    tables = dict(listed)
     ours = {t.name: t for t in embeddings.physical}
     odd = sorted(set(ours) ^ set(tables))
     if odd:
@@ -53,9 +60,9 @@ def read(path: Path, embeddings: Embeddings, world_size: int) -> dict[str, Place
         entry = tables[name]
         try:
             size, sharding, tier = (entry["rows"], entry["dim"]), entry["sharding"], entry.get("tier", "device")
-            parts = [tuple(map(int, (s["rank"], *s["rows"], *s["cols"]))) for s in entry["shards"]]
-            share = float(entry.get("cache_share", 0.0))
-        except (KeyError, TypeError, ValueError) as error:
+            parts = [tuple(map(_whole, (s["rank"], *s["rows"], *s["cols"]))) for s in entry["shards"]]
+            share = _number(entry.get("cache_share", 0.0))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: table {name!r} is broken: {error!r}; plan again") from error
         if size != (table.rows, table.dim):
             raise UserError(
@@ -72,6 +79,18 @@ def read(path: Path, embeddings: Embeddings, world_size: int) -> dict[str, Place
             _check_blocks(path, name, parts, embeddings.by_id[name].blocks(world))
         placed[name] = Placed(sharding, tier, share, parts)
     return placed
+
+
+def _whole(given: Any) -> int:
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ValueError(f"{given!r} is no whole number")
+    return given
+
+
+def _number(given: Any) -> float:
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        raise ValueError(f"{given!r} is no number")
+    return float(given)
 
 
 def _check_parts(path: Path, table: Table, sharding: str, parts: Sequence[tuple[int, ...]], world: int) -> None:

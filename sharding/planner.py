@@ -16,7 +16,7 @@ from kernels import registry
 from kernels.errors import UserError
 from sharding import exact
 from sharding.bound import Options, lower_bound
-from sharding.cost import CACHE_SHARES, TIERS, Choice, Kind, Load, Prices, load, price
+from sharding.cost import CACHE_SHARES, FIXED, TIERS, Choice, Kind, Load, Prices, load, price
 from sharding.placing import Found, Placer
 from sharding.search import fits_somehow, polish, search
 from sharding.tables.base import SHARDING_TYPES
@@ -24,6 +24,7 @@ from sharding.topology import Topology
 from sharding.work import TableLoad, Work
 
 SPARE = 0.05  # of a device's memory, left to the allocator's fragments where nobody says how much to use
+FEW = 0.02  # of what a rank needs beside the tables: less than that is not worth a word
 FEW_NODES = 20  # of the exact search, where only whether there is a plan is asked
 SEE_WAYS_OUT = "; `tablemesh plan` lists the ways out"  # at the end of what Infeasible says
 SOLVED = 5e-4  # a gap from which nothing is gained by an exact solution
@@ -305,9 +306,8 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
     if options.device_limit <= 0:
         short = int(np.ceil(-options.device_limit))
         raise Infeasible(
-            f"each rank needs {gib(prices.base_bytes)} beside the tables (dense layers, activations, batches), and "
-            f"has {gib(device)}: short by {gib(short)} ({short:,} bytes); use a smaller "
-            "train.batch_size or more memory",
+            f"each rank needs {gib(prices.base_bytes)} beside the tables ({_largest(prices.fixed_bytes)}), and has "
+            f"{gib(device)}: short by {gib(short)} ({short:,} bytes); {_less(prices.fixed_bytes)}",
             short_by=short,
             who="every rank, before any table",
         )
@@ -327,6 +327,29 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
             who=f"table {table.name!r}",
             table=table.name,
         )
+
+
+def _largest(fixed: Mapping[str, float]) -> str:
+    """ "the data's readers 0.73 GiB, libraries 0.59 GiB": what is at least FEW of all of them, the largest first."""
+    least = FEW * sum(fixed.values())
+    return ", ".join(
+        f"{FIXED.get(name, name)} {gib(size)}"
+        for name, size in sorted(fixed.items(), key=lambda each: -each[1])
+        if size >= least
+    )
+
+
+def _less(fixed: Mapping[str, float]) -> str:
+    """What makes less of it, by what most of it is for: libraries take what they take."""
+    ways = {
+        "readers": "fewer data.threads, a smaller data.prefetch or data.shuffle_window, files with smaller row groups",
+        "dense": "smaller dense layers",
+        "batch": "a smaller train.batch_size",
+    }
+    sizes = {name: fixed.get(name, 0.0) for name in ("readers", "dense")}
+    sizes["batch"] = fixed["activations"] + fixed["batches"]
+    helps = [ways[n] for n in sorted(sizes, key=lambda n: -sizes[n]) if sizes[n] >= FEW * sum(fixed.values())]
+    return f"use {', '.join(helps)}{' or ' if helps else ''}more memory a rank"
 
 
 def _short(prices: Prices, options: Options, device: float, host: float) -> Infeasible:

@@ -163,6 +163,11 @@ class Topology:
         """The numbers that no data sheet gives, no run has measured and no file has set."""
         return [name for name in QUANTITIES if re.search(r"(^|\()estimate\b", self.sources.get(name, ""))]
 
+    @property
+    def guessed(self) -> bool:
+        """Whether all of them are estimates, as the built-in CPU's are."""
+        return len(self.estimates) == len(QUANTITIES)
+
     def sized(self, *, hosts: int, ranks_per_host: int) -> "Topology":
         """The same hosts, another number of them; on a CPU a rank's memory is its share of the host's.
 

@@ -115,10 +115,12 @@ def _rules_lifted(asked: _Asked) -> Iterator[list[_Try]]:
         "column-splitting: let {} have its columns in parts (column_wise)",
         "column_split",
     )
+    gained = [r.can_tiers - r.tiers for r in asked.rules.values() if r.tiers is not None and r.tiers < r.can_tiers]
+    added = frozenset[str].intersection(*gained) if gained else frozenset()
     tiers = lifted(
         lambda rule: rule.tiers is not None and rule.tiers < rule.can_tiers,
         lambda rule: replace(rule, tiers=rule.can_tiers),
-        "another tier: let {} be in host memory, with or without a cache",
+        f"another tier: let {{}} be in {memory_words(added)}",
         "tier",
     )
     yield columns
@@ -130,6 +132,17 @@ def _rules_lifted(asked: _Asked) -> Iterator[list[_Try]]:
             "leave the sharding and tier of {} to the planner (rows or columns in parts)",
             "rules",
         )
+
+
+def memory_words(tiers: frozenset[str]) -> str:
+    """ "host memory, with or without a cache"."""
+    host = {
+        frozenset({"host", "cache"}): "host memory, with or without a cache",
+        frozenset({"host"}): "host memory",
+        frozenset({"cache"}): "host memory with a cache",
+    }.get(tiers - {"device"})
+    found = [*(["the device's memory"] if "device" in tiers else []), *([host] if host else [])]
+    return " or ".join(found) or "any memory that its kind can have"
 
 
 def _open(rule: Rule) -> Rule:

@@ -42,8 +42,8 @@ def foretold(plan: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any
     """
     predicted, memory = plan.get("predicted", {}), report["memory"]
     tables = [rank["table_bytes"] + rank["optimizer_bytes"] for rank in plan["ranks"]]
-    profile = str(plan.get("cluster", "")).partition(":")[0]
-    guessed = "by estimates for a common CPU: `tablemesh bench calibrate` measures this one" if profile == "cpu" else ""
+    note = "by estimates for a common CPU: `tablemesh bench calibrate` measures this one"
+    guessed = note if plan.get("guessed") else ""
     left_out = (
         "not counted: what allocators and pools keep beside what is in use, code compiled on the way, gloo"
         if report.get("device") == "cpu"

@@ -6,6 +6,7 @@ import pytest
 
 from kernels.errors import UserError
 from launch.rehearsal import cluster_for
+from sharding.ways_out import WayOut
 from tests.launch.test_plan import small  # noqa: F401  (a fixture)
 
 TRY = ("train", "small.toml", "--dataset", "dataset.json", "--preflight")
@@ -39,6 +40,15 @@ def test_a_run_that_would_work(command, small, shardings):  # noqa: F811
     assert found["ok"] and found["world_size"] == 8 and found["rank"] == 5
     assert [c["name"] for c in found["checks"]] == ["model", "data", "plan", "memory", "sharding"]
     assert "as planned" in found["checks"][-1]["said"]
+
+
+def test_ways_out_are_told_once(command, small, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("launch.plan.ways_out", lambda *args, **rules: [])  # which others test
+    monkeypatch.setattr("launch.plan.ways_by_kind", lambda asked: [WayOut(how="another kind", step=1.0)])
+    limits = ("--set", "plan.hbm=1.7GiB", "--set", "plan.host_mem=1GiB")
+    code, out, _ = command(*TRY, "--cluster", "h100-80gb:1x2", *limits, "--json")
+    (said,) = (c["said"] for c in json.loads(out)["checks"] if c["name"] == "plan")
+    assert code == 1 and said.count("ways out") == 1 and said.endswith(":\n  - another kind") and "short by" in said
 
 
 def test_everything_that_would_fail_is_said(command, small):  # noqa: F811

@@ -70,6 +70,13 @@ def test_what_has_no_plan_says_why(command, small):  # noqa: F811
     assert code == 1 and "no plan" in out
 
 
+def test_a_limit_that_the_first_of_them_does_not_have_is_its_own(command, small):  # noqa: F811
+    code, out, err = command(*PLAN, "--what-if", "a100-40gb:1x8,h100-80gb:1x8", "--hbm", "60GiB", "--json")
+    assert code == 0, err
+    found = {c["cluster"]: c for c in json.loads(out)["clusters"]}
+    assert found["h100-80gb:1x8"]["feasible"] and "39.40 GiB" in found["a100-40gb:1x8"]["why"]
+
+
 def test_a_tables_own_sharding_is_asked_of_every_cluster(command, small):  # noqa: F811
     """200 rows of `country` go by rows over 8 ranks, not over 256."""
     rule = 'tables.override=[{match="country", sharding="row_wise"}]'

@@ -16,7 +16,7 @@ from sharding.search import search
 from sharding.skew import Skew
 from sharding.topology import parse
 from sharding.ways_out import ways_out
-from sharding.work import DenseWork, TableLoad, Work
+from sharding.work import DenseWork, Readers, TableLoad, Work
 
 GIB = 2**30
 
@@ -237,6 +237,20 @@ def test_a_table_wider_than_memory_is_named_with_its_bytes():
     assert all(w in str(short) for w in ("'t0'", "1,000,000,000 rows", "short by", "bytes"))
 
 
+def test_what_a_rank_needs_beside_tables_is_named_with_what_makes_less_of_it():
+    """A reader's 300 MB of 2 streams; libraries take what they take; a GPU's readers are in its host's memory."""
+    work = replace(work_of((1000, 16)), readers=Readers(streams=4, stream_bytes=3e8))
+    with pytest.raises(Infeasible) as error:
+        solve(work, parse("cpu:1x2"), limits=Limits(device=1e6))
+    said = str(error.value)
+    assert "(libraries 0.59 GiB, the data's readers 0.56 GiB)" in said and "data.threads" in said
+    assert "train.batch_size" not in said and said.endswith("or more memory a rank")
+    with pytest.raises(Infeasible) as error:
+        solve(replace(work, batch_size=2**26), parse("h100-80gb:1x2"), limits=Limits(device=1e6))
+    said = str(error.value)
+    assert "readers" not in said and "activations" in said and "use a smaller train.batch_size or more" in said
+
+
 def test_ways_out_are_tried_and_each_of_them_works():
     """1.9 TiB of tables on 8 devices of 39 GiB and 1 TB of host memory."""
     work, cluster = work_of((2_000_000_000, 128), (1_500_000_000, 128), (10**8, 128)), parse("a100-40gb:1x8")
@@ -265,6 +279,7 @@ def test_ways_out_are_tried_and_each_of_them_works():
     [
         (Rule(shardings=frozenset(["table_wise"]), tiers=frozenset(["device"]), said="x"), "column_split"),
         (Rule(tiers=frozenset(["device"]), said="x"), "tier"),
+        (Rule(tiers=frozenset(["device"]), can_tiers=frozenset(["device", "host"]), said="x"), "tier"),
     ],
 )
 def test_rules_that_are_in_the_way_are_named_as_a_way_out(rule, key):
@@ -275,6 +290,7 @@ def test_rules_that_are_in_the_way_are_named_as_a_way_out(rule, key):
     ways = ways_out(work, cluster, rules={"t0": rule}, limits=Limits())
     way = next(w for w in ways if key in w.change)
     assert way.change[key] == ["t0"] and "t0" in way.how and way.step > 0
+    assert key != "tier" or ("cache" in way.how) == ("cache" in rule.can_tiers)
 
 
 @pytest.mark.parametrize(

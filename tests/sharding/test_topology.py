@@ -91,6 +91,9 @@ def test_profiles_from_toml(tmp_path):
     path.write_text('[profiles.known]\nlike = "h100-80gb"\ninter_latency = "12us"\n')
     (known,) = load_profiles(path).values()
     assert set(profiles()["h100-80gb"].estimates) - set(known.estimates) == {"inter_latency"}
+    path.write_text('[profiles.cpu]\nlike = "cpu"\nmemory_bandwidth = "40GB/s"\n')
+    own = parse("cpu:1x2", load_profiles(path))
+    assert parse("cpu:1x2").guessed and not own.guessed and not profiles()["h100-80gb"].guessed
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_the_run_folder(trained):
     assert step["measured"] == report["train"]["step_ms"]["p50"] and step["predicted"] == plan["predicted"]["step_ms"]
     assert tables["measured"] == max(report["memory"]["tables_per_rank"]) and 0.95 < tables["ratio"] < 1.05
     assert peak["measured"] == report["memory"]["peak_bytes"]
+    assert "estimates" in step["note"] and not tables["note"] and peak["note"].startswith("not counted")
 
 
 def test_the_events(trained):
