@@ -9,9 +9,8 @@ from sharding.topology import parse
 from sharding.work import TableLoad, Work
 from trainer.config import Config
 from trainer.config import load as load_config
-from trainer.data.dataset import Categorical, Dataset, Dense, File, Split, Stats, read
+from trainer.data.dataset import Categorical, Dataset, Dense, File, Split, Stats, read, row_group_rows
 from trainer.data.footprint import readers
-from trainer.prepare.write import row_group_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

@@ -22,6 +22,10 @@ VERSION = 1
 SPLITS = ("train", "valid", "test")
 FIGURES_ONLY = "figures only"  # the fingerprint where the files are not there and their row groups stand for all rows
 
+ROW_GROUP_ROWS = 65536
+ROW_GROUPS = 32  # a split has at least this many where its rows allow groups of SMALLEST_ROW_GROUP
+SMALLEST_ROW_GROUP = 1024
+
 
 class Frozen(BaseModel):
     """Immutable, keyword-only, unknown keys refused."""
@@ -150,3 +154,9 @@ def read(path: Path) -> Dataset:
     if found.version > VERSION:
         raise UserError(f"{path}: version {found.version}, this tablemesh reads up to {VERSION}; upgrade tablemesh")
     return found
+
+
+def row_group_rows(rows: int) -> int:
+    """Rows per row group of a split of about `rows` rows: a power of two.  600_000 -> 16384."""
+    wanted = max(SMALLEST_ROW_GROUP, min(ROW_GROUP_ROWS, rows // ROW_GROUPS))
+    return 1 << (wanted.bit_length() - 1)

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 from sharding.work import Readers
 from trainer.config import Config
-from trainer.data.dataset import FIGURES_ONLY, Dataset
+from trainer.data.dataset import FIGURES_ONLY, Dataset, row_group_rows
 from trainer.data.loader import BLOCK_ROWS, BLOCKS_AHEAD, KEPT_ROWS
-from trainer.prepare.write import row_group_rows
 
 WIDE = 2**31  # a table with more rows has ids of 8 bytes in its files
 

@@ -20,11 +20,11 @@ from pydantic import Field
 
 from kernels import registry
 from kernels.errors import UserError
-from trainer.data.dataset import Bayes, Categorical, Dataset, Dense
+from trainer.data.dataset import Bayes, Categorical, Dataset, Dense, row_group_rows
 from trainer.prepare.spec import Options
 from trainer.prepare.stats import make_stats
 from trainer.prepare.work import ordered_map
-from trainer.prepare.write import Folder, SplitWriter, fingerprint, id_type, make_schema, row_group_rows
+from trainer.prepare.write import Folder, SplitWriter, fingerprint, id_type, make_schema
 
 CHUNK_ROWS = 32768
 

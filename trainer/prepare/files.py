@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from kernels.errors import UserError
-from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats
+from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats, row_group_rows
 from trainer.prepare import encode, encoding
 from trainer.prepare.blocks import REJECTED, File, Reject, Rows, check, find_files
 from trainer.prepare.encode import Fitted
@@ -29,7 +29,7 @@ from trainer.prepare.spec import FileOptions, Role, Spec, choose_split
 from trainer.prepare.split import TRAIN, Splitter, given_cut, quantile_cuts, row_keys
 from trainer.prepare.stats import make_stats
 from trainer.prepare.work import ordered_map
-from trainer.prepare.write import Folder, SplitWriter, fingerprint, id_type, make_schema, row_group_rows
+from trainer.prepare.write import Folder, SplitWriter, fingerprint, id_type, make_schema
 
 Report = Callable[[int, int, str], None]
 _EARLY_ROWS = 100_000  # from here on too large a share of malformed lines stops a pass before its end

@@ -15,18 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kernels.errors import UserError
-from trainer.data.dataset import Dataset, File, Split, load
+from trainer.data.dataset import ROW_GROUP_ROWS, Dataset, File, Split, load
 
-ROW_GROUP_ROWS = 65536
-ROW_GROUPS = 32  # a split has at least this many where its rows allow groups of SMALLEST_ROW_GROUP
-SMALLEST_ROW_GROUP = 1024
 FILE_ROWS = 64 * ROW_GROUP_ROWS  # then the next part begins
-
-
-def row_group_rows(rows: int) -> int:
-    """Rows per row group of a split of about `rows` rows: a power of two.  600_000 -> 16384."""
-    wanted = max(SMALLEST_ROW_GROUP, min(ROW_GROUP_ROWS, rows // ROW_GROUPS))
-    return 1 << (wanted.bit_length() - 1)
 
 
 class Folder:
