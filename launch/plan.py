@@ -154,7 +154,7 @@ def answer(asked: Asked) -> dict[str, Any]:
         return {
             "feasible": False,
             "cluster": asked.cluster.title,
-            "message": str(short).removesuffix(planner.SEE_WAYS_OUT),
+            "message": short.words,
             "short_by_bytes": short.short_by,
             "who": short.who,
             "table": short.table,
@@ -248,7 +248,7 @@ def plan_of(asked: Asked, name: str) -> Solution:
         try:
             return planner.solve(asked.work, asked.cluster, rules=rules, limits=asked.limits)
         except Infeasible as short:
-            raise UserError(f"{said}: no such plan fits: {str(short).removesuffix(planner.SEE_WAYS_OUT)}") from short
+            raise UserError(f"{said}: no such plan fits: {short.words}") from short
     if name.partition(":")[0] in topology.profiles() | dict(asked.profiles):
         other = asked.on(name)
         return planner.solve(other.work, other.cluster, rules=other.rules, limits=other.limits)

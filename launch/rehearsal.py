@@ -128,7 +128,7 @@ def _plan(asked: Any, file: Path | None) -> tuple[str, Solution]:
     except Infeasible as short:
         ways = plans.answer(asked)["ways_out"]
         listed = "".join(f"\n  - {way['how']}" for way in ways) or " none was found"
-        raise UserError(f"{str(short).removesuffix(planner.SEE_WAYS_OUT)}\nways out:{listed}") from short
+        raise UserError(f"{short.words}\nways out:{listed}") from short
     return (
         f"{1e3 * solution.load.step_seconds:.2f} ms a step by the cost model, within {solution.gap:.1%} of the best",
         solution,

@@ -13,7 +13,6 @@ from kernels.errors import UserError
 from launch.plan import Asked
 from sharding import topology
 from sharding.explain import bound_words
-from sharding.planner import SEE_WAYS_OUT
 from sharding.simulate import TABLEMESH, Point, Program, point, stops_at, with_efficiency
 from sharding.topology import Topology
 from sharding.ways_out import MOST_RANKS
@@ -100,7 +99,7 @@ def _described(p: Point) -> dict[str, Any]:
         "ranks": p.topology.world_size,
         "batch_size": p.batch_size,
         "feasible": p.step is not None,
-        "why": p.why.removesuffix(SEE_WAYS_OUT),
+        "why": p.why,
     }
     if p.step is None or p.solution is None:
         return found

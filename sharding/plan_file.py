@@ -4,6 +4,7 @@ read(path, embeddings, world_size) -> {table: Placed}
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,12 @@ def read(path: Path, embeddings: Embeddings, world_size: int) -> dict[str, Place
         raise UserError(
             f"{path}: a plan for {world!r} ranks, but there are {world_size}; plan again, or use as many ranks"
         )
-    names = [name for name, _ in listed]
-    for name in names:
+    for name, _ in listed:
         if not isinstance(name, str):
             raise UserError(f"{path}: a table is named {name!r}; a name is text; plan again")
-        if names.count(name) > 1:
-            raise UserError(f"{path}: table {name!r} is listed {names.count(name)} times; plan again")
+    for name, times in Counter(name for name, _ in listed).items():
+        if times > 1:
+            raise UserError(f"{path}: table {name!r} is listed {times} times; plan again")
     tables = dict(listed)
     ours = {t.name: t for t in embeddings.physical}
     odd = sorted(set(ours) ^ set(tables))

@@ -26,7 +26,6 @@ from sharding.work import TableLoad, Work
 SPARE = 0.05  # of a device's memory, left to the allocator's fragments where nobody says how much to use
 FEW = 0.02  # of what a rank needs beside the tables: less than that is not worth a word
 FEW_NODES = 20  # of the exact search, where only whether there is a plan is asked
-SEE_WAYS_OUT = "; `tablemesh plan` lists the ways out"  # at the end of what Infeasible says
 SOLVED = 5e-4  # a gap from which nothing is gained by an exact solution
 
 
@@ -83,11 +82,12 @@ class Infeasible(UserError):
     """No plan fits.
 
     short_by: bytes.  who: the table, the rank or the ranks that are short, in words.  table: its name, where it is one.
+    words: the message for those who list the ways out themselves.  listed: whether `tablemesh plan` has some.
     """
 
-    def __init__(self, message: str, *, short_by: int, who: str, table: str | None = None) -> None:
-        super().__init__(message)
-        self.short_by, self.who, self.table = short_by, who, table
+    def __init__(self, words: str, *, short_by: int, who: str, table: str | None = None, listed: bool = True) -> None:
+        super().__init__(f"{words}; `tablemesh plan` lists the ways out" if listed else words)
+        self.words, self.short_by, self.who, self.table = words, short_by, who, table
 
 
 def solve(
@@ -310,6 +310,7 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
             f"{gib(device)}: short by {gib(short)} ({short:,} bytes); {_less(prices.fixed_bytes)}",
             short_by=short,
             who="every rank, before any table",
+            listed=False,
         )
     world = prices.topology.world_size
     for t in np.flatnonzero(~options.allowed.any(0)):
@@ -321,8 +322,7 @@ def _check_each(prices: Prices, options: Options, device: float) -> None:
         raise Infeasible(
             f"table {table.name!r} ({table.rows:,} rows, {table.dim} columns, {gib(table.bytes)}): at its smallest, "
             f"{prices.kinds[least].kind.label}, a part takes {gib(smallest)} of a rank that has "
-            f"{gib(options.device_limit)} for tables on {world} ranks: short by {gib(short)} ({short:,} bytes)"
-            f"{SEE_WAYS_OUT}",
+            f"{gib(options.device_limit)} for tables on {world} ranks: short by {gib(short)} ({short:,} bytes)",
             short_by=max(short, 1),
             who=f"table {table.name!r}",
             table=table.name,
@@ -367,7 +367,7 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
         return Infeasible(
             f"the {len(names)} tables need at least {gib(least)}, the {world} ranks of {prices.topology.title} have "
             f"{gib(total)} for tables ({gib(device)} each{beyond}): short by {gib(short)} ({short:,} bytes); "
-            f"the largest table is {largest.name!r} with {gib(largest.bytes)} of rows{SEE_WAYS_OUT}",
+            f"the largest table is {largest.name!r} with {gib(largest.bytes)} of rows",
             short_by=short,
             who="all ranks together",
         )
@@ -382,7 +382,7 @@ def _short(prices: Prices, options: Options, device: float, host: float) -> Infe
     return Infeasible(
         f"the {len(names)} tables fit the {world} ranks of {prices.topology.title} in sum, but not in whole parts: "
         f"with {gib(device)} a rank (and {gib(host)} a host for tables outside the device) the fullest is short by "
-        f"{gib(short)} ({short:,} bytes){SEE_WAYS_OUT}",
+        f"{gib(short)} ({short:,} bytes)",
         short_by=short,
         who="the fullest rank",
     )

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from kernels.errors import UserError
 from sharding.cost import Load, allreduce_seconds, collective_latency
-from sharding.planner import Limits, Rule, Solution, solve
+from sharding.planner import Infeasible, Limits, Rule, Solution, solve
 from sharding.topology import Topology
 from sharding.work import ELEMENT, Work
 
@@ -122,7 +122,11 @@ def point(
     try:
         solution = solve(work, program.on(topology), rules=rules, limits=limits)
     except UserError as error:
-        return Point(topology=topology, batch_size=work.batch_size, why=str(error))
+        return Point(
+            topology=topology,
+            batch_size=work.batch_size,
+            why=error.words if isinstance(error, Infeasible) else str(error),
+        )
     return Point(
         topology=topology, batch_size=work.batch_size, solution=solution, step=simulate(solution.load, program)
     )
