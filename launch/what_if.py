@@ -77,7 +77,6 @@ def what_if(
         "program": program.name,
         "clusters": [_described(p) for p in found],
         "stops": stops,
-        "stops_at": next(iter(stops.values()), None) if len(by_profile) == 1 else None,
     }
 
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -60,13 +59,13 @@ class LineChart:
     x_ticks: Sequence[float] | None = None
 
 
-def line_chart(**chart: Any) -> Markup:
-    """The figure of a LineChart; empty when no series has a point."""
-    found = _drawn(LineChart(**chart))
+def line_chart(chart: LineChart) -> Markup:
+    """The figure of a page; empty when no series has a point."""
+    found = _drawn(chart)
     if found is None:
         return Markup("")
     series, parts, hover = found
-    return _figure(chart["title"], _legend(series), parts, hover)
+    return _figure(chart.title, _legend(series), parts, hover)
 
 
 def picture(charts: Sequence[LineChart]) -> str:

@@ -341,7 +341,7 @@ def render(found: dict[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(count=count, size=size, figure=figure, kind_lines=kind_lines)
-    charts = [line_chart(**vars(chart)) for chart in _charts(found)]
+    charts = [line_chart(chart) for chart in _charts(found)]
     beside = {(row["processes"], row["threads"]) for row in found["rows"] if "processes" in row}
     return environment.get_template("compare.html.j2").render(
         found=found,

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from trainer import report_saves, report_tables, runlog
-from trainer.charts import Rule, Series, calibration_chart, line_chart
+from trainer.charts import LineChart, Rule, Series, calibration_chart, line_chart
 from trainer.words import bound_text, count, duration, figure, milliseconds, moment, percent, runs, size
 
 SHARDING_COLOURS = {
@@ -209,26 +209,28 @@ def _table_bytes(start: dict, plan: dict) -> float | None:
 def _charts(train: list[dict], evals: list[dict], bayes: dict, report: dict) -> list[Markup]:
     best_auc, best_ne = bayes.get("auc"), _bayes_ne(report, bayes)
     charts = [
-        line_chart(
+        line_chart(LineChart(
             title="AUC", x_label="step", format_y="{:.4f}".format, series=_curves("auc", train, evals),
             rules=[] if best_auc is None else [Rule(value=best_auc, label=f"best possible {best_auc:.4f}")],
-        ),
-        line_chart(
+        )),
+        line_chart(LineChart(
             title="Normalised entropy", x_label="step", format_y="{:.4f}".format, series=_curves("ne", train, evals),
             rules=[] if best_ne is None else [Rule(value=best_ne, label=f"best possible {best_ne:.4f}", above=False)],
-        )
-        or line_chart(title="Loss", x_label="step", format_y="{:.4f}".format, series=_curves("loss", train, [])),
-        line_chart(
+        ))
+        or line_chart(LineChart(
+            title="Loss", x_label="step", format_y="{:.4f}".format, series=_curves("loss", train, []),
+        )),
+        line_chart(LineChart(
             title="Throughput, samples per second", x_label="step", format_y="{:,.0f}".format, from_zero=True,
             series=[Series(name="samples per second", colour=3, points=_points(train, "samples_per_second"))],
-        ),
-        line_chart(
+        )),
+        line_chart(LineChart(
             title="Step time, ms", x_label="step", format_y="{:.2f} ms".format, from_zero=True,
             series=[
                 Series(name="median step", colour=1, points=_points(train, "step_ms_p50")),
                 Series(name="waiting for data", colour=2, points=_points(train, "data_wait_ms")),
             ],
-        ),
+        )),
     ]  # fmt: skip
     return [chart for chart in charts if chart]
 

@@ -42,7 +42,9 @@ def test_the_same_batch_on_more_ranks(command, small):  # noqa: F811
     assert {c["batch_size"] for c in found["clusters"]} == {4096}
     first = found["clusters"][0]
     assert first["efficiency"] == 1 and first["step_ms"] == max(first["paths_ms"].values())
-    assert first["bound_by"] == "host" and found["stops_at"] == "h100-80gb:1x8"  # no step is shorter than its launches
+    assert first["bound_by"] == "host" and found["stops"] == {
+        "h100-80gb": "h100-80gb:1x8"
+    }  # no step is shorter than its launches
     code, out, err = command(*PLAN, "--what-if", sizes)
     assert code == 0 and "launching (host)" in out and "scaling stops at h100-80gb:1x8" in " ".join(out.split()), err
 

@@ -13,7 +13,7 @@ import torch
 from kernels.errors import UserError
 from tests.trainer import fake_runs
 from trainer import report, report_tables
-from trainer.charts import MAX_POINTS, Rule, Series, calibration_chart, line_chart, ticks
+from trainer.charts import MAX_POINTS, LineChart, Rule, Series, calibration_chart, line_chart, ticks
 from trainer.report_page import view
 from trainer.words import bound_text, duration, percent, size
 
@@ -262,13 +262,13 @@ def test_versions_and_hardware_are_ready_for_json():
 
 
 def test_charts_of_awkward_data():
-    assert line_chart(title="x", x_label="step", format_y=str, series=[]) == ""
+    assert line_chart(LineChart(title="x", x_label="step", format_y=str, series=[])) == ""
     assert calibration_chart(title="x", bins=[]) == ""
     for points in ([(5, 0.0)], [(0, 1.0), (1, 1.0)], [(0, 1e30), (1, -1e30)], [(i, 1e-12 * i) for i in range(3)]):
-        chart = line_chart(
+        chart = line_chart(LineChart(
             title="x", x_label="step", format_y=str, series=[Series(name="a", points=points, colour=1)],
             rules=[Rule(value=0.5, label="half")],
-        )  # fmt: skip
+        ))  # fmt: skip
         assert "<svg" in chart and "nan" not in chart
     assert "<svg" in calibration_chart(title="x", bins=[{"predicted": 0.0, "actual": 0.0, "weight": 1.0}])
 
