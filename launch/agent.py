@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trainer import pulse, quiet
+from trainer import store as stores
 from trainer.restarts import ATTEMPT
 
 FAILED_GRACE_SECONDS = 4  # for the others after a rank has failed
@@ -44,7 +45,7 @@ HANG_GRACE_SECONDS = 5.0  # hung ranks end themselves, or the others do; the age
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """What to start on this node. master, port: where the ranks of several nodes find each other."""
+    """What to start on this node. master: the address of node 0, which the ranks of all nodes can reach."""
 
     nproc: int
     job: Path  # JOB.json
@@ -54,7 +55,6 @@ class Ranks:
     nodes: int = 1
     node_rank: int = 0
     master: str = "localhost"
-    port: int = 0
 
 
 class Agent:
@@ -70,8 +70,9 @@ class Agent:
     def launch(self, module: str, *, attempt: int, port: int = 0) -> int:
         """All ranks, `python -m MODULE JOB.json`, to their end; the exit code, and agent.json unless it is 0.
 
-        Every launch has stores of its own, so that no rank can read the address of a dead one.
-        RuntimeError when the agents of the other nodes do not come, OSError when the port is taken.
+        Every launch has stores of its own, so that no rank can read the address of a dead one. port: of this launch's
+        with several nodes, open on node 0 (in this very process there).
+        RuntimeError when the agents of the other nodes do not come.
         """
         from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -111,6 +112,8 @@ class Agent:
 
         signal.signal(signal.SIGUSR1, pass_on)
         os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt)}
+        if ranks.nodes == 1:
+            os.environ |= stores.prepare(ranks.logs / f"store_{socket.gethostname()}")
         stopped_by = None
         try:
             elastic_launch(config, sys.executable)("-m", "launch.rank", module, str(ranks.job))

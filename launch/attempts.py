@@ -63,8 +63,8 @@ def run(
 ) -> int:
     """All attempts to run `module` in every rank; this node's exit code (launch/node.py lists them).
 
-    first: number of the first attempt among all that these nodes make together: each has its own port and its own
-        words in the nodes' store.
+    first: number of the first attempt among all that these nodes make together: each has its own words in the nodes'
+        store.
     queued: whether exit code 75 has a scheduler start the job again by itself.
     again, conclude: called on node 0, before the others hear of it, with the cause of a restart, and with that of the
         end when the job is over and has not succeeded.
@@ -73,9 +73,9 @@ def run(
         turn = first + attempt
         if nodes.rank == 0 and attempt == 0:
             failure.clear(job)
-        nodes.ready(turn)
+        port = nodes.ready(turn)
         kills = machine.oom_kills()
-        code = _launch(agent, job, nodes, module, attempt=attempt, turn=turn)
+        code = _launch(agent, job, nodes, module, attempt=attempt, port=port)
         codes = nodes.gather(turn, code)
         if codes is None:
             verdict = nodes.verdict(turn, default=str(code or 1))
@@ -97,12 +97,12 @@ def run(
     raise AssertionError("the last attempt returns")
 
 
-def _launch(agent: Agent, job: Job, nodes: Nodes, module: str, *, attempt: int, turn: int) -> int:
+def _launch(agent: Agent, job: Job, nodes: Nodes, module: str, *, attempt: int, port: int) -> int:
     if nodes.count == 1:
         return agent.launch(module, attempt=attempt)
     try:
-        return agent.launch(module, attempt=attempt, port=agent.ranks.port + 1 + turn)
-    except (OSError, RuntimeError) as error:  # the other nodes' agents did not come, or this one's port is taken
+        return agent.launch(module, attempt=attempt, port=port)
+    except (OSError, RuntimeError) as error:  # the other nodes' agents did not come
         note(job, nodes.rank, "launch", f"node {nodes.rank} ({socket.gethostname()}): {error}")
         return 1
 

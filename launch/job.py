@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the folder that holds launch/, 
 IMAGE_ROOT = Path("/opt/tablemesh")  # where docker/Dockerfile puts that folder
 VOLUME = Path("/workspace")  # where a volume that the submitting machine does not see is mounted
 
-PORT = 29500  # of the nodes' roll call; each attempt to run takes the next one for its ranks (launch/node.py)
+PORT = 29500  # of the nodes' roll call
 WAIT_SECONDS = 300  # for all nodes to come
 TIED = "TABLEMESH_TIED"  # environment variable: the node ends with the process that started it
 
@@ -155,7 +155,6 @@ def make(
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves Python's stack in the log
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks' store must not live in the agent
         "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard looks for TensorFlow
     }
     if (detached or config) and place.cpus is None and "OMP_NUM_THREADS" not in os.environ:

@@ -142,7 +142,6 @@ def _run(args: argparse.Namespace, work: job.Job, nodes: roll_call.Nodes, starte
             nodes=args.nodes,
             node_rank=args.node_rank,
             master=nodes.master,
-            port=args.port,
         )
     )
 

@@ -1,7 +1,8 @@
 """The nodes of a job meet before their ranks do: who is there, with which versions, and how each attempt ended.
 
 Node 0 keeps a TCPStore; every node writes into it under its own number and reads what node 0 decides. A node that is
-missing is named, which no collective can do: there all that is known is that somebody is silent.
+missing is named, which no collective can do: there all that is known is that somebody is silent. For each attempt node
+0 opens one more store, on a port that the kernel finds free, for the agents and ranks of that attempt.
 
 No call outlives its limit here: a TCPStore's own limits do not hold where the network is gone, as it then waits, in
 the middle of a message, for as long as TCP does (a quarter of an hour).
@@ -13,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from typing import Any, TypeVar
@@ -118,6 +119,7 @@ class Nodes:
     count: int
     master: str
     _store: TCPStore | None  # None where there is one node: nobody to talk to
+    _ranks: TCPStore | None = field(default=None, init=False)  # on node 0: found by its port
 
     @classmethod
     def alone(cls) -> "Nodes":
@@ -180,15 +182,21 @@ class Nodes:
             raise UserError(bad)
         return nodes
 
-    def ready(self, attempt: int) -> None:
-        """Return when node 0 is ready for this attempt; it may prepare data first. Missing when it has gone."""
+    def ready(self, attempt: int) -> int:
+        """When node 0 is ready for this attempt (it may prepare data first), the port of its store for the agents and
+        ranks; 0 with one node. Missing when node 0 has gone.
+
+        A port of a fixed number could be in use: by another program, or as the near end of any connection.
+        """
         if self._store is None:
-            return
+            return 0
         if self.rank == 0:
-            self._store.set(f"ready/{attempt}", "")
-            return
+            # The last attempt's store goes only then, so that no rank left of it can come to the new one.
+            self._ranks = TCPStore(self.master, 0, None, True, multi_tenant=True, wait_for_workers=False)
+            self._store.set(f"ready/{attempt}", str(self._ranks.port))
+            return int(self._ranks.port)
         try:
-            self._hear(f"ready/{attempt}", PREPARE_HOURS * 3600)
+            return int(self._hear(f"ready/{attempt}", PREPARE_HOURS * 3600))
         except RuntimeError as error:
             raise Missing(f"node {self.rank} ({socket.gethostname()}): node 0 has gone") from error
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.errors import UserError
+from trainer import store as stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,11 @@ class World:
             backend = "cpu:gloo,cuda:nccl"
         limit = timedelta(seconds=timeout_seconds)
         if "RANK" not in os.environ:
-            store, rank, size = dist.HashStore(), 0, 1
+            store = dist.HashStore()
+        elif path := stores.path_from_env():
+            store = stores.open_store(path, rank=self.rank, limit=limit)
         else:
-            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         return store

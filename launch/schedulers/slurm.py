@@ -61,12 +61,11 @@ _SCRIPT = """\
 set -uo pipefail
 
 {exports}
-# The nodes meet at the first one's address (its name need not resolve), at a port of this job's own; each attempt to
-# run takes another one, of at most ten (preflight, first run, 8 restarts).
+# The nodes meet at the first one's address (its name need not resolve), at a port of this job's own.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 TABLEMESH_HEAD=$(scontrol --oneliner show node "$head" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 export TABLEMESH_HEAD=${{TABLEMESH_HEAD:-$head}}
-export TABLEMESH_PORT=$((20000 + SLURM_JOB_ID % 900 * 11))
+export TABLEMESH_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # Every node ends by itself, when it has saved; 60 s after the first one the rest is killed. Since Slurm 22.05 srun does
 # not take over --cpus-per-task.

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.launch import ports
+
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sacctmgr", "srun", "sbatch")
 NODES = ("tablemesh-n1", "tablemesh-n2")
 START_SECONDS = 60.0  # a loaded machine; an idle one takes 3 to 8 s
@@ -39,8 +41,8 @@ class Cluster:
         self.env = {"SLURM_CONF": str(folder / "slurm.conf")}
         self._running: dict[str, subprocess.Popen] = {}
         self._hosts_added = False
-        ports = iter(_free_ports(5))
-        self._ports = {name: next(ports) for name in ("slurmctld", "slurmdbd", *NODES, "sql")}
+        names = ("slurmctld", "slurmdbd", *NODES, "sql")
+        self._ports = dict(zip(names, ports.free_ports(len(names)), strict=True))
 
     def start(self) -> None:
         for name in ("munge", "db", "state", "spool", "run", "log"):
@@ -201,16 +203,6 @@ class Cluster:
 
 def _program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=SBIN)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _processes_with(*settings: str) -> list[int]:

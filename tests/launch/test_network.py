@@ -50,7 +50,6 @@ class Training:
         (self.run_dir / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(self.run_dir)}))
         env = {key: value for key, value in os.environ.items() if key != network.GLOO}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HEAD": two_hosts.ADDRESSES[0]}
-        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         full = [sys.executable, "-m", "launch.node", "--nodes", "2", "--head", "HEAD", "--port", PORT]
         full += ["--run-id", "x", "--nproc", "1", "--job", str(self.run_dir / "JOB.json"), "--grace", "10", *words]
         self.nodes = [

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,23 +11,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from kernels.errors import UserError
 from launch import attempts, gpu, preflight, roll_call, rundir
 from launch import node as nodes_module
+from tests.launch import ports
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def meet(ranks, *, count, seconds=60.0, gpus=0, own=roll_call.facts):
     """What each of these nodes gets: Nodes, or the exception."""
-    port, found = free_port(), {}
+    port, found = ports.free_port(), {}
 
     def one(rank):
         try:
@@ -54,23 +49,25 @@ def meet(ranks, *, count, seconds=60.0, gpus=0, own=roll_call.facts):
 
 
 def test_all_nodes_come_and_tell_how_they_ended():
-    nodes = meet([0, 1, 2], count=3)
+    nodes, heard = meet([0, 1, 2], count=3), []
     told = {}
     others = [threading.Thread(target=lambda r=r: told.update({r: end(nodes[r], r)})) for r in (1, 2)]
 
     def end(node, code):
-        node.ready(0)
+        heard.append(node.ready(0))
         assert node.gather(0, code) is None
         return node.verdict(0, default="9")
 
     for thread in others:
         thread.start()
-    nodes[0].ready(0)
+    port = nodes[0].ready(0)
     assert nodes[0].gather(0, 0) == [0, 1, 2]
     nodes[0].tell(0, "again")
     for thread in others:
         thread.join()
-    assert told == {1: "again", 2: "again"}
+    assert told == {1: "again", 2: "again"} and heard == [port, port]
+    TCPStore("localhost", port, wait_for_workers=False).set("a rank", "can come")
+    assert nodes[0].ready(1) not in (0, port)
 
 
 def test_a_node_that_does_not_come_is_named():
@@ -110,9 +107,8 @@ def start_nodes(tmp_path, *words, env=None):
     data.mkdir(parents=True)
     (data / "dataset.json").write_text("{}")
     (run_dir / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(run_dir)}))
-    port = str(free_port())
+    port = str(ports.free_port())
     common = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HEAD": "127.0.0.1"} | (env or {})
-    common["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return run_dir, [
         subprocess.Popen(
             [
