@@ -1,13 +1,15 @@
 """The loop of kernels/row_counts.py in Numba.  Imports Numba, so it is imported at the first count and not before."""
 
-from numba import njit, uint64
+from numba import uint64
 from numpy import int32
+
+from kernels._njit import njit
 
 MOST = int32(2**31 - 1)
 SEEN = int32(-(2**31))  # the sign says that the row was counted in this very call
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def count(
     counts,  # (R,) int32, of all tables
     ids,  # (N,)

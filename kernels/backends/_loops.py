@@ -9,9 +9,10 @@ Imports Numba, so it is imported when the cpu backend is chosen and not before.
 import math
 
 import numpy as np
-from numba import int64, njit, uint64
+from numba import int64, uint64
 from numpy import float32
 
+from kernels._njit import njit
 from kernels.backends._vectors import (
     add,
     add_product,
@@ -37,7 +38,7 @@ SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, ROWWISE_ADAM = range(5)
 NO_DECAY, L2, DECOUPLED = range(3)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def pool(
     weights,  # flat tables
     row_scales,  # flat float32, read if weights are int8
@@ -89,7 +90,7 @@ def pool(
     return fine
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def gather(weights, row_scales, start, row_start, limit, ids, scales, out, first, end, D, WEIGHTED):
     """out[i] = row of ids[i], times its scale, for first <= i < end; False where an id is outside the table."""
     fine = True
@@ -109,7 +110,7 @@ def gather(weights, row_scales, start, row_start, limit, ids, scales, out, first
     return fine
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def sort(pairs, spare, count, low, high, counts):
     """Sort count numbers by their bits low to high - 1, equal ones in their order; the array that holds the result.
 
@@ -140,7 +141,7 @@ def sort(pairs, spare, count, low, high, counts):
     return here
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def collect(
     features, columns, ids, offsets, bags, width, limit, slice_, slices, shift, scratch, pooled, mean, dim, SCALED
 ):
@@ -177,7 +178,7 @@ def collect(
     return int64(count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def learn(
     weights,  # flat tables, changed
     row_scales,  # flat float32, changed if weights are int8
@@ -295,7 +296,7 @@ def learn(
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def mix(x):
     """splitmix64's finaliser, as in kernels.ops."""
     x = (x ^ (x >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)

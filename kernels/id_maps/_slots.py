@@ -10,8 +10,9 @@ Imports Numba, so it is imported when the cpu id map is chosen and not before.
 """
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
+from kernels._njit import njit
 from kernels.backends._loops import mix
 from kernels.backends._vectors import prefetch
 from kernels.id_maps.base import MOST_USES
@@ -22,13 +23,13 @@ PLACES = uint64(4)  # of a line
 LOW = uint64(0xFFFFFFFF)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(inline="always")
 def _home(h, lines):
     """The line of a hash: its low half, scaled to 0 .. lines-1; so lines keep their order when the table grows."""
     return ((h & LOW) * lines) >> uint64(32)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(inline="always")
 def _search(slots, key, at):
     """(slot of what is known of key, what is known) in line at; 0 for nothing.  Without branches: which slot it is
     cannot be foretold."""
@@ -41,7 +42,7 @@ def _search(slots, key, at):
     return at + PLACES + place, known
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def find(slots, lines, seed, ids, first, end, clock, touch, rows):
     """rows[first:end] of ids; if touch, they are seen at clock.  How many have none.
 
@@ -74,7 +75,7 @@ def find(slots, lines, seed, ids, first, end, clock, touch, rows):
     return missing
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def admit(
     slots,
     lines,
@@ -175,7 +176,7 @@ def admit(
     return count, given
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def count_uses(rows, uses, slice_, slices):
     """One more use of each row of rows that is in this slice: those of one remainder, so threads keep apart."""
     for i in range(uint64(len(rows))):
@@ -184,7 +185,7 @@ def count_uses(rows, uses, slice_, slices):
             uses[row] += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def put(slots, lines, seed, key, known):
     """Put an id that is not there into slots that have room."""
     at = _home(mix(key ^ seed), lines) << uint64(3)
@@ -199,7 +200,7 @@ def put(slots, lines, seed, key, known):
     slots[at + place] = known
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def rebuild(old, slots, lines, seed, leaves, moved, moved_from):
     """Put every id of old into slots, but those whose row has leaves[row]; rows of moved_from and above become
     moved[row - moved_from], and leave where that is 0."""
@@ -219,14 +220,14 @@ def rebuild(old, slots, lines, seed, leaves, moved, moved_from):
             put(slots, lines, seed, old[at + j], (row << uint64(32)) | (known & LOW))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def fill(slots, lines, seed, ids, rows, clocks):
     """Put ids that are not there, with their rows and clocks."""
     for k in range(uint64(len(ids))):
         put(slots, lines, seed, uint64(ids[k]), (uint64(rows[k]) << uint64(32)) | uint64(clocks[k]))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def spread(slots, ids, clocks):
     """ids[row], clocks[row] of every id; rows outside are left out (they were given in this very call)."""
     for line in range(uint64(len(slots)) >> uint64(3)):

@@ -8,9 +8,10 @@ Imports Numba, so it is imported when the cpu backend is chosen and not before.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, uint64
+from numba import uint64
 from numba.extending import intrinsic
 
+from kernels._njit import njit
 from kernels.backends._vectors import I32, Vector, add_product, load, store, zeros
 
 LANES = 16  # float32 of one AVX-512 register
@@ -41,7 +42,7 @@ def sums8(typing, a, b, c, d, e, f, g, h):
     return Vector(8)(a, b, c, d, e, f, g, h), emit
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _copy(source, start, target, at, count):
     """target[at : at + count] = source[start : start + count], between float32 and bfloat16 too."""
     whole = uint64(count) // uint64(LANES) * uint64(LANES)
@@ -51,7 +52,7 @@ def _copy(source, start, target, at, count):
         store(target, uint64(at) + k, load(source, uint64(start) + k, 1))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def forward(
     dense,  # (B * D,), empty where there is none
     emb,  # (B * F * D,)
@@ -97,7 +98,7 @@ def forward(
         _copy(dots, 0, out, b * uint64(width) + uint64(joined * D), pairs)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def backward(
     grad,  # (B * Y,)
     dense,

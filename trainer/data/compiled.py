@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from kernels._njit import njit
 
 u64 = np.uint64
 IN_ORDER = np.empty(0, np.uint32)  # the index that leaves everything where it is
@@ -25,13 +27,6 @@ AHEAD = u64(24)  # records on their way into the cache while one is copied
 # Columns of run_C.  A run is places of a block that are rows of one batch:
 FIRST, ROWS = 0, 1  # its first place, how many
 IDS, DENSE, LABELS, WEIGHT, ROW = 2, 3, 4, 5, 6  # addresses in the batch of its first row's: id of feature 0, ...
-
-
-def _kernel(function: Callable) -> Callable:
-    try:
-        return njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:  # no folder for the cache can be written to
-        return njit(function, nogil=True, error_model="numpy")
 
 
 @intrinsic
@@ -45,7 +40,7 @@ def _pointer(typing_context, address, word):
     return pointer(address, word), generate
 
 
-@_kernel
+@njit
 def highest(column_C, rows, mask, out_C):
     """The highest `word & mask` of each column, as unsigned words of the type of `mask`; 0 of no rows.
 
@@ -165,7 +160,7 @@ def _fence(typing_context):
     return types.void(), generate
 
 
-@_kernel
+@njit
 def fill_ids(column_PG, rows_P, index_n, run_C, stride, lanes_J, column_J4, word, word_n, part_64):
     """The ids of a block to their places in batches, widened to 64 bits.
 
@@ -233,7 +228,7 @@ def fill_ids(column_PG, rows_P, index_n, run_C, stride, lanes_J, column_J4, word
     _fence()
 
 
-@_kernel
+@njit
 def fill_rows(column_PM, rows_P, first_P, index_n, run_C, dense, labels, record_n, number_n):
     """Everything of a block but the ids, to its places in batches.
 
@@ -291,7 +286,7 @@ def fill_rows(column_PM, rows_P, first_P, index_n, run_C, dense, labels, record_
             row_B[i] = number_n[at]
 
 
-@_kernel
+@njit
 def bijection(constants, bits, size, out):
     """A keyed permutation of range(size), size <= 2**31, into `out`.  constants: (10,) uint32, the key.
 
@@ -322,7 +317,7 @@ def bijection(constants, bits, size, out):
             found += u64(1)
 
 
-@_kernel
+@njit
 def take_bags(value_P, offset_P, rows_P, index_n, word, start_n, count_n, out_N, out_offset_n):
     """The bags of several pieces as one, in the order of `index_n` (empty: as they are).
 
@@ -350,7 +345,7 @@ def take_bags(value_P, offset_P, rows_P, index_n, word, start_n, count_n, out_N,
         out_offset_n[i + u64(1)] = end
 
 
-@_kernel
+@njit
 def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, none_G, at_S, rows_S, offset_SH, length_FB, ids_F):
     """How many ids each bag of a batch holds, and each feature in all.
 
@@ -382,7 +377,7 @@ def bag_lengths(column_F, multi_hot_F, id_GB, hole_G, none_G, at_S, rows_S, offs
         ids_F[f] = ids
 
 
-@_kernel
+@njit
 def fill_bags(column_F, multi_hot_F, id_GB, hole_G, none_G, rows_S, offset_SH, value_SH, word, out_N):
     """The ids of a batch, feature by feature; the lengths come from `bag_lengths`.  out_N has one element to spare.
 
