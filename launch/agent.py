@@ -199,21 +199,28 @@ def _install_context(grace: int) -> Any:
         hung: ClassVar[dict[int, pulse.Seen]] = {}
         board: ClassVar[pulse.Board]
         running: ClassVar[Any] = None
+        early: ClassVar[list[int]] = []  # signals for the ranks that came before they were started
 
         @classmethod
         def begin(cls, board: pulse.Board) -> None:
-            cls.first, cls.ended, cls.hung, cls.board, cls.running = {}, {}, {}, board, None
+            cls.first, cls.ended, cls.hung, cls.board, cls.running, cls.early = {}, {}, {}, board, None, []
 
         @classmethod
         def pass_on(cls, number: int) -> None:
-            """Send a signal to every living rank."""
-            for handler in cls.running.subprocess_handlers.values() if cls.running else ():
+            """Send a signal to every living rank, once there are any: the agents of several nodes wait for each
+            other first."""
+            if cls.running is None:
+                cls.early.append(number)
+                return
+            for handler in cls.running.subprocess_handlers.values():
                 if handler.proc.poll() is None:
                     handler.proc.send_signal(number)
 
         def _start(self) -> None:
             super()._start()
             Context.running = self
+            for number in Context.early:
+                Context.pass_on(number)
 
         def _poll(self) -> Any:
             if not Context.hung:

@@ -71,7 +71,7 @@ def test_all_nodes_come_and_tell_how_they_ended():
 
 
 def test_a_node_that_does_not_come_is_named():
-    found = meet([0, 2], count=3, seconds=2)
+    found = meet([0, 2], count=3, seconds=2, own=lambda: {"host": "h", "versions": {}})  # which takes no time
     for rank in (0, 2):
         assert isinstance(found[rank], roll_call.Missing)
         assert "node 1 of 3 did not come within 2 s" in str(found[rank])
@@ -165,6 +165,32 @@ def test_a_signal_before_the_time_limit_that_finds_ranks_starting_is_not_lost(tm
             "no new checkpoint between (there is none)"
             in json.loads((run_dir / "report.json").read_text())["error"]["message"]
         )
+
+
+SIGNALLED = """
+import os, signal, sys
+from torch.distributed.elastic.multiprocessing import SubprocessContext
+
+start = SubprocessContext._start
+
+def signalled(self):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    start(self)
+
+SubprocessContext._start = signalled
+from launch.agent import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_before_the_time_limit_that_finds_an_agent_without_ranks_is_not_lost(tmp_path):
+    """It waits for the other nodes' agents, say; the ranks would train on until the limit kills them."""
+    (tmp_path / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(tmp_path)}))
+    words = ["--nproc", "2", "--module", "tests.launch.fake_rank", "--job", tmp_path / "JOB.json", "--grace", "5"]
+    words += ["--logs", tmp_path / "logs", "--errors", tmp_path / "errors", "--max-restarts", "3"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "FAKE": "wait"}
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, *words], env=env, check=False, timeout=200)
+    assert done.returncode == 75
 
 
 def test_a_job_stopped_before_its_ranks_is_not_queued_for_ever(tmp_path, monkeypatch):
