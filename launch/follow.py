@@ -26,7 +26,7 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
     before the exception goes up.
     """
     failure.clear(job)
-    for old in job.logs.glob("rank_*.*"):
+    for old in (*job.logs.glob("rank_*.*"), *job.logs.glob("agent*.pid")):
         old.unlink()
     for old in job.logs.glob("attempt_*"):
         shutil.rmtree(old)

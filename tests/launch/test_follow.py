@@ -17,7 +17,7 @@ from launch.schedulers.local import Scheduler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULE = "tests.launch.fake_rank"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 240
 
 
 def run(run_dir: Path, monkeypatch, mode: str):
@@ -84,6 +84,26 @@ def test_uncaught_exception(tmp_path, monkeypatch):
 def test_stopped_after_a_checkpoint(tmp_path, monkeypatch):
     failure, _ = run(tmp_path, monkeypatch, "exit_75")
     assert failure.exit_code == 75
+
+
+def test_an_early_ctrl_c_does_not_reach_the_process_that_now_has_the_last_agents_number(tmp_path):
+    work = job.make(name="fake", action="train", run_dir=tmp_path, nproc=2, module=MODULE)
+    work.logs.mkdir(parents=True)
+    (work.logs / "agent.pid").write_text("1")
+    found = []
+
+    class Starting(Scheduler):
+        def submit(self, job):
+            return "x"
+
+        def status(self, id):
+            raise KeyboardInterrupt
+
+        def cancel(self, id):
+            found.extend(work.logs.iterdir())
+
+    ended = follow.run(work, Starting(), progress.make(Console(file=io.StringIO())))
+    assert ended.kind == "interrupted" and not found
 
 
 def test_ranks_die_with_their_agent(tmp_path, monkeypatch):
