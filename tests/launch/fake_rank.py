@@ -15,8 +15,8 @@ DEPRECATION = (
 def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     run_dir, rank, mode = Path(job["run_dir"]), int(os.environ["RANK"]), os.environ.get("FAKE", "ok")
-    (run_dir / f"rank_{rank}.pid").write_text(str(os.getpid()))
-    (run_dir / f"rank_{rank}.env").write_text(json.dumps(dict(os.environ)))
+    _write(run_dir / f"rank_{rank}.pid", str(os.getpid()))
+    _write(run_dir / f"rank_{rank}.env", json.dumps(dict(os.environ)))
     print(f"{DEPRECATION}\n  a line of torch's source\nreal trouble ahead", file=sys.stderr, flush=True)
     if rank == 0:
         _event(run_dir, event="start", run=run_dir.name, world_size=int(os.environ["WORLD_SIZE"]), device="cpu")
@@ -32,6 +32,13 @@ def main() -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(300)
     return _fail(run_dir, rank, mode)
+
+
+def _write(path: Path, text: str) -> None:
+    """In one move: the tests, and the other rank, take a file that is there for a whole one."""
+    made = path.with_name(f".{path.name}")
+    made.write_text(text)
+    made.replace(path)
 
 
 def _fail(run_dir: Path, rank: int, mode: str) -> int:
