@@ -14,7 +14,6 @@ from tests.launch.test_chaos import CONFIG, command
 from trainer.checkpoint import tools
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Enough steps that a signal sent after the first of them lands long before the last.
 LONG = CONFIG.replace("rows = 2000", "rows = 12000").replace("every_steps = 4", "every_minutes = 0.005")
 LONG = LONG.replace("eval = { every = 5 }", "").replace("batch_size = 128,", "batch_size = 128, log_every = 10,")
 
@@ -39,28 +38,28 @@ def events(run_dir):
 
 def test_signals_save_and_the_same_command_goes_on(folder):
     words = [sys.executable, "-m", "launch.cli", "train", "tiny.toml", "--nproc", "1", "--set", "name=cut"]
-    words += ["--resume", "auto", "--json"]
+    words += ["--resume", "auto", "--module", "tests.launch.slow_rank", "--json"]
     run_dir = folder / "runs/cut"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     stopped = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         seen = len(events(run_dir))
         with subprocess.Popen(
-            words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            words, cwd=folder, env=env | {"SLOW": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as ran:
-            give_up = time.monotonic() + 120
+            give_up = time.monotonic() + 400
             while not any(e["event"] == "train" for e in events(run_dir)[seen:]):
                 assert ran.poll() is None and time.monotonic() < give_up, ran.communicate()
                 time.sleep(0.02)
             ran.send_signal(number)
-            _, told = ran.communicate(timeout=120)
+            _, told = ran.communicate(timeout=400)
         assert ran.returncode == 75 and "stopped after a checkpoint" in told, told
         report = json.loads((run_dir / "report.json").read_text())
         assert report["status"] == "interrupted" and "stopped by SIG" in report["error"]["message"]
         assert tools.verify(str(run_dir))["ok"]
         assert stopped < (stopped := report["steps"]) == tools.ls(str(run_dir))["checkpoints"][-1]["step"]
 
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["resumed"]["step"] == stopped < found["steps"] == 75 and found["samples_seen"] == 9600
