@@ -209,7 +209,7 @@ def pooled(twin: Twin, leaves: dict, bags: dict, feature: str) -> Tensor:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_kind_optimizer_and_sharding_is_its_reference(ranks):
     cases = cases_of(ranks)
-    by_rank = run_ranks(trained, ranks, cases, local_world_size=min(2, ranks), timeout_seconds=500)
+    by_rank = run_ranks(trained, ranks, cases, local_world_size=min(2, ranks))
     for i, case in enumerate(cases):
         check(case, [of_rank[i] for of_rank in by_rank])
 

@@ -259,7 +259,7 @@ def train_all(runs: list[Run]) -> list[tuple[list[float], set]]:
 
 @pytest.mark.parametrize("world_size", RUNS)
 def test_sharded_losses_are_those_of_the_reference(world_size, losses_of_reference):
-    by_rank = run_ranks(train_all, world_size, RUNS[world_size], timeout_seconds=500)
+    by_rank = run_ranks(train_all, world_size, RUNS[world_size])
     assert str(by_rank[0]) == str(by_rank[-1])
     for run, (losses, dtypes) in zip(RUNS[world_size], by_rank[0], strict=True):
         expected = losses_of_reference[run.optimizer]
@@ -292,7 +292,7 @@ def go_on(folder, sharding: str, first: int, last: int) -> list[float]:
 def test_checkpoints_move_to_other_ranks_and_plans(tmp_path, losses_of_reference):
     losses = []
     for world_size, sharding, first, last in ((1, "table_wise", 0, 2), (2, "row_wise", 2, 4), (4, "column_wise", 4, 6)):
-        losses += run_ranks(go_on, world_size, tmp_path, sharding, first, last, timeout_seconds=400)[0]
+        losses += run_ranks(go_on, world_size, tmp_path, sharding, first, last)[0]
     assert losses == pytest.approx(losses_of_reference["adagrad"], abs=2e-5)
 
 
