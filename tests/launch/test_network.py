@@ -18,15 +18,14 @@ from launch import network
 from tests.launch import small, two_hosts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HANG_SECONDS = 12
 PORT = "29611"
 
 RUN = """
 [run]
-hang_seconds = {hang}
+hang_seconds = 12
 timeout_seconds = 40
 grace_seconds = 10
-"""
+"""  # of runs that are to hang; others may compile for a minute, or wait for packets that are sent again
 
 
 @pytest.fixture
@@ -45,7 +44,6 @@ class Training:
         """second: words before the second host's command."""
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
-        more += RUN.format(hang=HANG_SECONDS)
         small.write(self.run_dir, name="config", data=folder / "data", epochs=epochs, more=more)
         (self.run_dir / "JOB.json").write_text(json.dumps({"action": "train", "run_dir": str(self.run_dir)}))
         env = {key: value for key, value in os.environ.items() if key != network.GLOO}
@@ -97,7 +95,7 @@ def test_two_hosts_that_lose_packets_train_to_the_losses_of_one(hosts, tmp_path,
 
 @pytest.mark.cluster
 def test_a_pulled_cable_ends_both_hosts_with_a_name(hosts, tmp_path):
-    training = Training(hosts, tmp_path, "--restarts", "2", epochs=500)
+    training = Training(hosts, tmp_path, "--restarts", "2", epochs=500, more=RUN)
     training.until_step(10)
     hosts.unplug()
     codes, said = training.end()

@@ -94,12 +94,16 @@ class Hosts:
         """Drop this share of the packets that arrive from the other host, at both, at random."""
         for space, link in zip(self._spaces, self._links, strict=True):
             rule = ("-A", "INPUT", "-i", link, "-m", "statistic", "--mode", "random", "--probability", str(share))
-            _call("ip", "netns", "exec", space, _program("iptables") or "iptables", *rule, "-j", "DROP")
+            self._iptables(space, *rule, "-j", "DROP")
 
     def dropped(self, host: int) -> int:
         """Packets that `lose` has dropped there."""
-        told = _call("ip", "netns", "exec", self._spaces[host], _program("iptables") or "iptables", "-vnxL", "INPUT")
+        told = self._iptables(self._spaces[host], "-vnxL", "INPUT")
         return sum(int(line.split()[0]) for line in told.splitlines() if " DROP " in line and "statistic" in line)
+
+    def _iptables(self, space: str, *words: str) -> str:
+        """-w: its lock is one for all of the machine, and whoever has it is waited for."""
+        return _call("ip", "netns", "exec", space, _program("iptables") or "iptables", "-w", *words)
 
 
 def _program(name: str) -> str | None:
