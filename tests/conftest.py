@@ -8,10 +8,17 @@ import tempfile
 
 os.environ["TABLEMESH_CACHE"] = tempfile.gettempdir() + "/tablemesh-tests-have-no-calibration"  # never made
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from trainer import quiet
 
 quiet.install()
-settings.register_profile("tablemesh", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile(
+    "tablemesh",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("tablemesh")

@@ -63,7 +63,7 @@ def run(env, tmp_path):
 
     def run(*words):
         done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=230
+            [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=400
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert not re.search("warn|triton|No module", done.stderr, re.IGNORECASE), done.stderr
