@@ -9,6 +9,7 @@ says how far it can be from the best: `gap`.  Equal inputs give equal plans.  No
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,14 @@ class Infeasible(UserError):
 
     def __init__(self, words: str, *, short_by: int, who: str, table: str | None = None, listed: bool = True) -> None:
         super().__init__(f"{words}; `tablemesh plan` lists the ways out" if listed else words)
-        self.words, self.short_by, self.who, self.table = words, short_by, who, table
+        self.words, self.short_by, self.who, self.table, self.listed = words, short_by, who, table, listed
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels between ranks
+        return _infeasible, (self.words, self.short_by, self.who, self.table, self.listed)
+
+
+def _infeasible(words: str, short_by: int, who: str, table: str | None, listed: bool) -> Infeasible:
+    return Infeasible(words, short_by=short_by, who=who, table=table, listed=listed)
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""Plans without a process group: where explicit shardings go, what plan.json says, what is refused."""
+"""Plans, but for one test without a process group: where explicit shardings go, what plan.json says, what is refused."""
 
 import json
 
@@ -11,8 +11,9 @@ from sharding import topology
 from sharding.cost import RUNTIME_BYTES
 from sharding.embeddings import build_embeddings
 from sharding.plan import embeddings_of, has_fused_tables, plan_task, work_of
-from sharding.planner import Limits
+from sharding.planner import Infeasible, Limits
 from sharding.tables.base import SHARDING_TYPES, Table
+from tests.ranks import run_ranks
 
 
 class Task(nn.Module):
@@ -239,3 +240,18 @@ def test_id_maps_and_filters_are_priced_and_limited(sharding):
     room = int(RUNTIME_BYTES["cpu"]) + 500_000  # for rows and map, not for the filter
     with pytest.raises(UserError, match=r"'t'.*short by"):
         plan_task(task, work, cluster, limits=Limits(device=room))
+
+
+def _refusal() -> tuple[str, str, int, str | None]:
+    task = Task(table("row_wise", rows=10**9))
+    cluster = topology.detect(world_size=2, local_world_size=2, device="cpu")
+    with pytest.raises(Infeasible) as error:
+        plan_task(task, work_of(embeddings_of(task), batch_size=64), cluster, limits=Limits(device=2**30))
+    short = error.value
+    return str(short), short.who, short.short_by, short.table
+
+
+def test_every_rank_says_which_table_is_too_large_though_only_rank_0_plans():
+    (said, *facts), others = run_ranks(_refusal, 2)
+    assert "'t'" in said and "short by" in said and said.endswith("`tablemesh plan` lists the ways out")
+    assert others == (said, *facts) and facts[2] == "t"
