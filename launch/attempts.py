@@ -116,7 +116,7 @@ def _decide(job: Job, codes: list[int | None], *, again: bool, oom_kills: int) -
     if all(code == 0 for code in codes):
         return "0", None
     if all(code == 75 for code in codes):
-        return "75", Failure(kind="interrupted", message=failure.SAVED, exit_code=75)
+        return "75", Failure(kind="interrupted", message=failure.saved(job.run_dir), exit_code=75)
     ended = failure.explain(job, oom_kills=oom_kills)
     silent = [node for node, code in enumerate(codes) if code is None]
     if silent and ended.kind in ("launch", "interrupted"):

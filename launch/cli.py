@@ -165,6 +165,7 @@ def train(
     """Train a model and evaluate it; prepares the data first where the config says how."""
     from launch import dataset, follow, job, progress, rundir
     from trainer import config as configs
+    from trainer import report as reports
 
     console = console_for(as_json)
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
@@ -213,11 +214,12 @@ def train(
             console.print(escape(text), end="", soft_wrap=True, highlight=False)
         return
     dataset.prepare_missing(console, resolved)
+    before = None
     if run_dir is None:
         run_dir = rundir.create(resolved.run.dir, resolved.name)
     else:
-        rundir.reopen(run_dir, resolved)
-    (run_dir / "config.toml").write_text(resolved.located().to_toml())
+        before = rundir.reopen(run_dir, resolved)
+    reports.write_text(run_dir / "config.toml", resolved.located().to_toml())
     work = job.make(
         name=run_dir.name,
         action="train",
@@ -231,13 +233,17 @@ def train(
     started, began = time.time(), time.monotonic()
     ended = follow.run(work, starter, progress.make(console))
     if ended is not None:
-        print_failure(ended)
+        print_failure(ended, way_out="" if ended.exit_code in (2, 75) else rundir.way_on(run_dir, resolved))
+        refused = before is not None and ended.exit_code == 2 and before.still()
         try:
-            rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, began=began, failure=ended)
+            if refused:
+                before.put_back()
+            else:
+                rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, began=began, failure=ended)
         except UserError as error:
             print_error(f"and the report could not be written: {error}")
         if as_json:
-            status = rundir.report(run_dir).get("status")
+            status = "failed" if refused else rundir.report(run_dir).get("status")
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)
@@ -320,6 +326,7 @@ def _on_run(run: Path, action: Any, nproc: int | None, as_json: bool, values: di
     from trainer import config as configs
 
     run_dir = rundir.find(run)
+    rundir.check_writable(run_dir)
     resolved = configs.load(run_dir / "config.toml")
     nproc = nproc or resolved.train.nproc
     resolved.check_world_size(nproc)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Job
+from launch.terminal import shown
 from trainer import quiet
 
 # A signal's death is noticed up to this long after it happened, in which time other ranks may already have reported
 # the broken connection as an error of their own.
 _NOTICE_SECONDS = 1.0
-
-SAVED = "stopped after a checkpoint; `tablemesh train RUN --resume auto` goes on from there"
 
 _FULL_BYTES = 64 << 10  # with less room than this left, a rank could not write down why it failed
 
@@ -48,6 +47,11 @@ class Failure:
     def as_json(self) -> dict[str, Any]:
         """The `error` of report.json."""
         return {"rank": self.rank, "kind": self.kind, "message": self.message}
+
+
+def saved(run_dir: Path) -> str:
+    """What to say of a run that was stopped and can go on."""
+    return f"stopped after a checkpoint; `tablemesh train {shown(run_dir)} --resume auto` goes on from there"
 
 
 def clear(job: Job) -> None:
@@ -88,7 +92,7 @@ def explain(job: Job, *, oom_kills: int = 0, agent_output: str = "") -> Failure:
     for ended in silent or failures:
         return _of_silent_exit(job, ended)
     if any(agent.get("exit_code") == 75 for agent in agents):
-        return Failure(kind="interrupted", message=SAVED, exit_code=75)
+        return Failure(kind="interrupted", message=saved(job.run_dir), exit_code=75)
     for agent in agents:
         if agent["stopped_by"]:
             return Failure(kind="interrupted", message=f"stopped by {agent['stopped_by']}")
@@ -133,7 +137,7 @@ def _of_silent_exit(job: Job, ended: dict[str, Any]) -> Failure:
     rank, code = ended["rank"], ended["exit_code"]
     log = job.logs / f"rank_{rank}.err"
     if code == 75:
-        return Failure(kind="interrupted", message=SAVED, exit_code=75)
+        return Failure(kind="interrupted", message=saved(job.run_dir), exit_code=75)
     last = _last_lines(_text(log))
     message = f"rank {rank} ended with exit code {code}" + (f":\n{last}" if last else " and printed nothing")
     return Failure(kind="internal", message=message, rank=rank, details=log, exit_code=2 if code == 2 else 1)

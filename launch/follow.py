@@ -51,7 +51,7 @@ def run(job: Job, scheduler: Scheduler, display: Display) -> Failure | None:
         final = True
         _show(events, display)
         saved = failure.explain(job).exit_code == 75
-        word = failure.SAVED if saved else "stopped by Ctrl-C or SIGTERM"
+        word = failure.saved(job.run_dir) if saved else "stopped by Ctrl-C or SIGTERM"
         return Failure(kind="interrupted", message=word, exit_code=75 if saved else 1)
     finally:
         if not final:

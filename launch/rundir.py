@@ -3,11 +3,13 @@
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
 from launch.failure import Failure
+from launch.terminal import shown
 from trainer import report as reports
 
 
@@ -52,14 +54,15 @@ def newest(parent: Path, name: str) -> Path | None:
     return max(found)[1].resolve() if found else None
 
 
-def reopen(run_dir: Path, resolved: Any) -> None:
-    """Before a run goes on in its folder; changes nothing.
+def reopen(run_dir: Path, resolved: Any) -> "Before":
+    """Before a run goes on in its folder: how it is now. Changes nothing.
 
     UserError while another process writes there, or when the config differs in what must not differ.
     """
     from trainer import config as configs
     from trainer.checkpoint import compare, lock
 
+    check_writable(run_dir)
     lock.check(run_dir)
     fatal, _ = compare.differences(configs.load(run_dir / "config.toml"), resolved)
     if fatal:
@@ -67,6 +70,76 @@ def reopen(run_dir: Path, resolved: Any) -> None:
             f"{run_dir}: the run cannot go on with this config; it differs in\n"
             + "\n".join(fatal)
             + "\nput these back, or start a new run without --resume"
+        )
+    return Before.of(run_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """A run as it was before somebody asked it to go on: what it has to be again when that is refused.
+
+    Otherwise a slip in `--resume` would cost a finished run its report, and stay in its config.
+    """
+
+    run_dir: Path
+    texts: dict[str, str]  # file -> its text
+    events: int  # bytes of metrics.jsonl
+
+    FILES = ("config.toml", "JOB.json", "plan.json", "report.json", "errors/*.json")
+
+    @classmethod
+    def of(cls, run_dir: Path) -> "Before":
+        files = [path for pattern in cls.FILES for path in run_dir.glob(pattern)]
+        log = run_dir / "metrics.jsonl"
+        return cls(
+            run_dir=run_dir,
+            texts={str(path.relative_to(run_dir)): path.read_text() for path in files},
+            events=log.stat().st_size if log.exists() else 0,
+        )
+
+    def still(self) -> bool:
+        """Whether no step was tried since, and nobody else writes there now."""
+        from trainer.checkpoint import lock
+
+        try:
+            lock.check(self.run_dir)
+            with open(self.run_dir / "metrics.jsonl", "rb") as file:
+                file.seek(self.events)
+                return not any(b'"phase"' in line and b'"training"' in line for line in file)
+        except FileNotFoundError:
+            return True
+        except UserError:
+            return False
+
+    def put_back(self) -> None:
+        """Only while `still`. UserError when the files cannot be written."""
+        for pattern in self.FILES:
+            for path in self.run_dir.glob(pattern):
+                if str(path.relative_to(self.run_dir)) not in self.texts:
+                    path.unlink()
+        for name, text in self.texts.items():
+            (self.run_dir / name).parent.mkdir(exist_ok=True)
+            reports.write_text(self.run_dir / name, text)
+        if (self.run_dir / "metrics.jsonl").exists():
+            os.truncate(self.run_dir / "metrics.jsonl", self.events)
+        reports.write_html(self.run_dir)
+
+
+def way_on(run_dir: Path, resolved: Any) -> str:
+    """The command that goes on after a failure; empty where there is no checkpoint, or not on a disk of ours."""
+    from trainer.checkpoint import restore
+
+    place = restore.place_of(run_dir, resolved.checkpoint.dir)
+    names = [] if place.url else place.names()
+    return f"`tablemesh train {shown(run_dir)} --resume auto` goes on from {names[-1]}" if names else ""
+
+
+def check_writable(run_dir: Path) -> None:
+    """UserError when nothing can be written in the run folder, as on a read-only disk or in somebody else's run."""
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{run_dir}: cannot be written to, and the ranks leave their logs and results there; "
+            "copy the run to where you may write, or mend the folder's rights"
         )
 
 

@@ -23,10 +23,10 @@ def print_error(message: str) -> None:
         console.print(f"       {escape(line)}", soft_wrap=True, highlight=False)
 
 
-def print_failure(failure: Any) -> None:
-    """Why a job ended early, and where the whole story is."""
+def print_failure(failure: Any, *, way_out: str = "") -> None:
+    """Why a job ended early, where the whole story is, and what to do then."""
     details = f"\nthe whole story: {shown(failure.details)}" if failure.details else ""
-    print_error(failure.message + details)
+    print_error(failure.message + details + (f"\n{way_out}" if way_out else ""))
 
 
 def print_json(value: Any) -> None:

@@ -231,12 +231,7 @@ def _train(
     window_loss = torch.zeros((), device=world.device)  # sum over the window's steps, of this rank's share
     sums = {"window": window_metrics.sums, "window_loss": window_loss}
     session = Session(built, run_dir, log, steps_per_epoch=reader.steps_per_epoch, metrics=sums)
-    start = session.begin(resume)
-    if start.step > steps_total:
-        raise UserError(
-            f"the checkpoint was taken after {start.step} steps, but the config asks for {steps_total} in all "
-            "(train.max_steps, or train.epochs); raise them, or resume from an earlier checkpoint"
-        )
+    start = session.begin(resume, steps_total=steps_total)
     pipeline = build_pipeline(
         config.train.pipeline,
         built.model,

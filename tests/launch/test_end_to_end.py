@@ -67,13 +67,14 @@ def test_train_eval_predict_report(folder):
 
 def test_a_killed_rank_ends_the_run_with_one_cause(folder):
     words = ("train", "quickstart.toml", "--name", "killed", "--set", "train.epochs=100000", *SMALL)
+    words += ("--set", "checkpoint.every_steps=4")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command(*words), cwd=folder, env=env, text=True, **pipes)
     try:
         run_dir = folder / "runs/killed"
         deadline = time.monotonic() + 240
-        while '"train"' not in text_of(run_dir / "metrics.jsonl"):
+        while '"checkpoint"' not in text_of(run_dir / "metrics.jsonl"):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         victims = ranks_of(run_dir)
@@ -85,9 +86,32 @@ def test_a_killed_rank_ends_the_run_with_one_cause(folder):
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("error:")] == [errors.splitlines()[0]]
     assert "rank 1 was killed by SIGKILL" in errors
-    assert len(errors.splitlines()) == 2, "the cause and where the whole story is"
+    _, story, way_on = errors.splitlines()
+    assert "the whole story" in story and "`tablemesh train runs/killed --resume auto` goes on from step_" in way_on
     assert not ranks_of(run_dir)
     assert json.loads((run_dir / "report.json").read_text())["status"] == "failed"
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(folder):
+    """Neither its report, nor its config, nor its checkpoints: with the old words it goes on as if nothing had been."""
+    one = ("--nproc", "1", "--set", "train.max_steps=6", "--set", "checkpoint.every_steps=2")
+    done = tablemesh(folder, "train", "quickstart.toml", "--name", "whole", *one, *SMALL)
+    assert done.returncode == 0, done.stderr
+    run_dir = folder / "runs/whole"
+    kept = ("config.toml", "report.json", "plan.json", "metrics.jsonl", "JOB.json")
+    before = {name: (run_dir / name).read_text() for name in kept}
+    checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+    earlier = str(run_dir / "checkpoints/step_4")
+    words = ("--nproc", "1", "--set", "train.max_steps=3", "--json")
+    refused = tablemesh(folder, "train", "runs/whole", "--resume", earlier, *words)
+    assert refused.returncode == 2 and "was taken after 4 steps, but the config asks for 3" in refused.stderr
+    assert json.loads(refused.stdout)["status"] == "failed"
+    assert {name: (run_dir / name).read_text() for name in kept} == before
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == checkpoints
+    assert not list(run_dir.glob("errors/*.json"))
+    page = (run_dir / "report.html").read_text()
+    assert "was taken after" not in page and f"{json.loads(before['report.json'])['eval']['auc']:.4f}" in page
 
 
 def text_of(path):

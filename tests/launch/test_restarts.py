@@ -83,7 +83,7 @@ def test_what_a_restart_would_meet_again_or_nobody_wants_undone(tmp_path, monkey
 
 def test_a_job_that_gets_nowhere_is_not_queued_for_ever(tmp_path):
     work = job.make(name="slow", action="train", run_dir=tmp_path, nproc=1)
-    saved = failure.Failure(kind="interrupted", message=failure.SAVED, exit_code=75)
+    saved = failure.Failure(kind="interrupted", message=failure.saved(tmp_path), exit_code=75)
 
     def stop(checkpoint=None):
         if checkpoint is not None:

@@ -1,11 +1,14 @@
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from kernels.errors import UserError
 from launch import rundir
 from launch.failure import Failure
+from trainer.checkpoint import lock
 
 
 def test_a_taken_name_gets_a_number_and_latest_follows(tmp_path):
@@ -71,3 +74,47 @@ def test_an_interrupted_run_keeps_what_its_ranks_wrote(tmp_path):
     ended = Failure(kind="interrupted", message="stopped by Ctrl-C")
     rundir.close(tmp_path, name="a", world_size=2, started=1.0, began=1.0, failure=ended)
     assert rundir.report(tmp_path) == {"status": "interrupted", "name": "a", "steps": 3}
+
+
+def test_a_refused_resume_is_put_back(tmp_path):
+    """What the attempt wrote over is as it was, what it added is gone."""
+    was = {"config.toml": "name = 'a'", "report.json": '{"status": "finished"}', "metrics.jsonl": '{"event": "end"}\n'}
+    for name, text in was.items():
+        (tmp_path / name).write_text(text)
+    before = rundir.Before.of(tmp_path)
+    (tmp_path / "config.toml").write_text("name = 'a'\nseed = 7")
+    (tmp_path / "report.json").write_text('{"status": "failed"}')
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors/rank_0.json").write_text("{}")
+    rundir.append_event(tmp_path, "phase", name="building")
+    assert before.still()
+    before.put_back()
+    assert {name: (tmp_path / name).read_text() for name in was} == was
+    assert not list((tmp_path / "errors").iterdir())
+
+
+def test_a_run_that_went_on_or_that_another_writes_is_not_put_back(tmp_path):
+    before = rundir.Before.of(tmp_path)
+    lock.acquire(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        start = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        held = json.loads((tmp_path / "LOCK").read_text()) | {"pid": other.pid, "start": start}
+        (tmp_path / "LOCK").write_text(json.dumps(held))
+        try:
+            assert not before.still()
+        finally:
+            other.kill()
+    assert before.still()
+    rundir.append_event(tmp_path, "phase", name="training")
+    assert not before.still()
+
+
+def test_a_run_folder_that_is_read_only(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a read-only tmpfs cannot be mounted here: that needs root and CAP_SYS_ADMIN")
+    try:
+        with pytest.raises(UserError, match="cannot be written to"):
+            rundir.check_writable(tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

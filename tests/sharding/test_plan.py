@@ -1,4 +1,4 @@
-"""Plans, but for one test without a process group: where explicit shardings go, what plan.json says, what is refused."""
+"""Plans, nearly all without a process group: where explicit shardings go, what plan.json says, what is refused."""
 
 import json
 

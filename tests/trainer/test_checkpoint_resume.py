@@ -163,8 +163,8 @@ def resume_and_stop(run_dir, *changes):
 
     resume = Session.resume
 
-    def and_save(self, where):
-        progress = resume(self, where)
+    def and_save(self, where, **given):
+        progress = resume(self, where, **given)
         self._last_saved = None
         self.finish(progress)
         raise StopIteration

@@ -3,7 +3,7 @@
 In this order, by trainer/trainer.py:
 
     session = Session(built, run_dir, log, metrics=...)
-    start = session.begin("auto")                   step, samples, seconds to go on from; zeros for a new run
+    start = session.begin("auto", steps_total=N)    step, samples, seconds to go on from; zeros for a new run
     for step in ...:
         if session.after_step(progress): raise session.stopped(step)
     session.finish(progress)
@@ -75,9 +75,12 @@ class Session:
         self._parent: dict[str, str] | None = None  # of the next delta: known on rank 0; None until a full one is there
         self._deltas = -1  # since the last full one of this process; -1 where it has written none
 
-    def begin(self, resume: str | None) -> Progress:
-        """Where the run starts from: a checkpoint if it is resumed, or another run's weights if the config says so."""
-        progress = self.resume(resume) if resume else Progress()
+    def begin(self, resume: str | None, *, steps_total: int) -> Progress:
+        """Where the run starts from: a checkpoint if it is resumed, or another run's weights if the config says so.
+
+        steps_total: where the run is to end. UserError, before anything is changed, when the checkpoint is later.
+        """
+        progress = self.resume(resume, steps_total=steps_total) if resume else Progress()
         source = self.built.config.checkpoint.init_from
         if source is not None and self.resumed is None:
             chain = from_first(lambda: tools.open_at(source))
@@ -87,7 +90,7 @@ class Session:
                 self.log.event("message", level="info", text=note)
         return progress
 
-    def resume(self, where: str) -> Progress:
+    def resume(self, where: str, *, steps_total: int) -> Progress:
         """Load what `where` names ("auto", or a checkpoint's path); says what it took and what it passed over."""
         harmless: list[str] = []
 
@@ -97,6 +100,12 @@ class Session:
             harmless[:] = restore.check_same(
                 manifest, saved, self.built.config, fingerprint, where=f"step_{manifest.position.step}"
             )
+            if manifest.position.step > steps_total:
+                raise UserError(
+                    f"the checkpoint was taken after {manifest.position.step} steps, but the config asks for "
+                    f"{steps_total} in all (train.max_steps, or train.epochs); raise them, or resume from an earlier "
+                    "checkpoint"
+                )
 
         world = self.built.world
         exact = True
