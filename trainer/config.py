@@ -37,6 +37,9 @@ ShardingType = Literal["auto", *SHARDING_TYPES]  # type: ignore[valid-type]
 RowType = Literal[*ROW_TYPES]  # type: ignore[valid-type]
 
 
+PLUGINS = ("trainer.models", "trainer.optim")  # folders whose kinds have options of their own
+
+
 class Plugin(Frozen):
     """Base of a plugin's options; `kind` is the file name in its folder, or a dotted name."""
 
@@ -76,15 +79,15 @@ TableKind = _kind_in("sharding.tables")
 class Features(Frozen):
     """Which columns of a Parquet folder that nobody prepared are what."""
 
-    labels: tuple[str, ...] = Field(min_length=1)
-    dense: tuple[str, ...] = ()
+    labels: tuple[str, ...] = Field(min_length=1)  # columns of 0 and 1, or between
+    dense: tuple[str, ...] = ()  # columns of numbers
     categorical: dict[str, Positive]  # column -> cardinality; a list column is multi-hot
-    weight: str | None = None
+    weight: str | None = None  # a column of numbers >= 0; default: 1 for every row
 
 
 class Data(Frozen):
     path: Path  # dataset folder, or a folder of Parquet files together with `features`
-    features: Features | None = None
+    features: Features | None = None  # of Parquet files that nobody prepared
     prepare: str | None = None  # what `train` prepares into `path` when it is missing, e.g. "synthetic:criteo"
     prepare_options: dict[str, Any] = {}  # rows, seed, scale, ... of that source
     streams: Positive = 8  # S: a multiple of every world size the run may ever use
@@ -102,22 +105,24 @@ class TableOptions(Frozen):
     pooling: Literal["sum", "mean"] | None = None
     sharding: ShardingType | None = None
     kind: TableKind | None = None  # type: ignore[valid-type]
-    options: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None  # of the kind (docs/tables.md)
     id_policy: Literal["error", "clip", "hash"] | None = None
-    init_std: float | None = None
+    init_std: float | None = None  # of normal initial weights; default: uniform up to +- sqrt(1 / rows)
     row_type: RowType | None = None  # type: ignore[valid-type]
 
 
 class TableOverride(TableOptions):
+    """What some tables are that the others are not; a key that is left out is that of [tables]."""
+
     match: str | tuple[str, ...]  # feature names or shell patterns
     table: str | None = None  # the matched features share one table of this name
 
 
 class Tables(Frozen):
-    dim: Positive = 16
-    pooling: Literal["sum", "mean"] = "sum"
-    sharding: ShardingType = "auto"
-    kind: TableKind = "standard"  # type: ignore[valid-type]
+    dim: Positive = 16  # columns of a row
+    pooling: Literal["sum", "mean"] = "sum"  # of the rows of a bag
+    sharding: ShardingType = "auto"  # "auto" leaves it to the planner (docs/planner.md)
+    kind: TableKind = "standard"  # type: ignore[valid-type]  # what a table stores (docs/tables.md)
     row_type: RowType = "fp32"  # type: ignore[valid-type]  # how a row is stored (docs/tables.md)
     override: tuple[TableOverride, ...] = ()  # the last match wins, key by key
 
@@ -164,23 +169,22 @@ class Optim(Frozen):
 class Train(Frozen):
     batch_size: Positive  # global
     epochs: Positive = 1
-    max_steps: Positive | None = None
+    max_steps: Positive | None = None  # instead of epochs
     nproc: Positive = 1  # ranks, unless --nproc says otherwise
-    pipeline: Literal["overlapped", "plain"] = "overlapped"
+    pipeline: Literal["overlapped", "plain"] = "overlapped"  # the next batch's ids travel beside the step
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the dense layers; "auto": bf16 where the CPU has it
     loss: Literal["bce", "mse"] = "bce"
     task_weights: tuple[float, ...] | None = None  # one per label; default 1 each
-    log_every: Positive = 20
+    log_every: Positive = 20  # steps
 
 
 class Checkpoint(Frozen):
     """When a run saves itself, besides at its end and when it is stopped by a signal."""
 
     every_steps: Positive | None = None
-    every_minutes: float | None = Field(default=None, gt=0)
-    deltas: int = Field(
-        default=0, ge=0
-    )  # 0: every one is full; n: rows touched since the last, n before they are merged
+    every_minutes: float | None = Field(default=None, gt=0)  # both may be set
+    # 0: every one is full; n: rows touched since the last, n before they are merged
+    deltas: int = Field(default=0, ge=0)
     keep: Positive = 2  # the newest ones that stay
     keep_every: Positive | None = None  # and those whose step is a multiple of this
     count_updates: bool = False  # in how many steps each row was updated: 4 bytes a row, for `ckpt inspect`
@@ -198,7 +202,7 @@ class Kernels(Frozen):
 
 
 class Eval(Frozen):
-    every: Positive | None = None  # steps
+    every: Positive | None = None  # steps; default: only at the end
     split: str | None = None  # during training; default valid, or test where there is no valid
     final_split: str | None = None  # at the end; default test, or valid where there is no test
     batch_size: Positive | None = None  # global; default that of training
@@ -225,7 +229,7 @@ class Plan(Frozen):
     host_mem: str | None = None  # memory of each host to use for tables outside the devices
     profiles: Path | None = None  # TOML with [profiles.NAME] of clusters
     file: Path | None = None  # a plan.json to take as it is
-    constraints: tuple[PlanConstraint, ...] = ()
+    constraints: tuple[PlanConstraint, ...] = ()  # all that match a table hold
 
     @field_validator("hbm", "host_mem")
     @classmethod
@@ -236,8 +240,8 @@ class Plan(Frozen):
 
 
 class Run(Frozen):
-    dir: Path = Path("runs")
-    tensorboard: bool = False
+    dir: Path = Path("runs")  # of the run folders
+    tensorboard: bool = False  # write RUN/tensorboard too
     timeout_seconds: Positive = 300  # a collective, or the first calls of anything, that take longer end the run
     hang_seconds: int = Field(default=60, ge=0)  # the same for a rank that makes no progress later on; 0: never
     max_restarts: int = Field(default=0, ge=0)  # of all ranks from the newest valid checkpoint, after a failure
@@ -245,8 +249,8 @@ class Run(Frozen):
 
 
 class Config(Frozen):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=1, ge=0, lt=2**31)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run folder
+    seed: int = Field(default=1, ge=0, lt=2**31)  # of the initial weights, the order of the rows, and dropout
     data: Data
     tables: Tables = Tables()
     model: _plugin("trainer.models")  # type: ignore[valid-type]
@@ -352,11 +356,22 @@ def _complaint(model: type[BaseModel], values: dict[str, Any], error: Any) -> st
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; {registry.nearest(str(loc[-1]), _fields_at(model, values, loc[:-1]))}"
     if error["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing{_missing(model, loc)}"
     message = error["msg"].removeprefix("Value error, ")
     given = error["input"]
     shown = "" if isinstance(given, (dict, list, tuple)) or error["type"] == "value_error" else f" (it is {given!r})"
     return (f"{key}: " if key else "") + message + shown
+
+
+def _missing(model: type[BaseModel], loc: list[Any]) -> str:
+    """What a key that is missing has to be: the kinds to choose from, and where all keys are listed."""
+    fields: dict[str, Any] = model.model_fields
+    for part in loc[:-1]:
+        inner = _model_in(fields[part].annotation) if part in fields else None
+        fields = inner.model_fields if inner else {}
+    package = next((p for p in PLUGINS if loc[-1] in fields and _is_plugin(fields[loc[-1]], p)), None)
+    kinds = f"; needs kind = one of {', '.join(registry.names(package))}" if package else ""
+    return kinds + (" (docs/config.md has every key)" if model is Config else "")
 
 
 def _fields_at(model: type[BaseModel], values: Any, loc: list[Any]) -> list[str]:
@@ -367,7 +382,7 @@ def _fields_at(model: type[BaseModel], values: Any, loc: list[Any]) -> list[str]
         if isinstance(part, int):
             continue
         field = current.model_fields[part]
-        package = next((p for p in ("trainer.models", "trainer.optim") if _is_plugin(field, p)), None)
+        package = next((p for p in PLUGINS if _is_plugin(field, p)), None)
         if package and isinstance(values, dict) and "kind" in values:
             current = registry.load(package, values["kind"]).Config
         else:

@@ -129,8 +129,12 @@ def test_missing_section(tmp_path):
     path.write_text('name = "x"\n')
     with pytest.raises(UserError) as caught:
         configs.load(path)
-    for key in ("data: missing", "model: missing", "optim: missing", "train: missing"):
-        assert key in str(caught.value)
+    said = str(caught.value)
+    for key in ("data: missing", "model: missing; needs kind = one of dcn, dlrm", "optim: missing", "train: missing"):
+        assert key in said
+    path.write_text(SMALL.replace("dense = {", "unused = {"))
+    with pytest.raises(UserError, match=r"optim\.dense: missing; needs kind = one of adagrad, .*docs/config\.md"):
+        configs.load(path)
 
 
 @pytest.mark.parametrize(
