@@ -142,7 +142,10 @@ def test_spec_errors_name_file_and_key(tmp_path, change, message):
         ({"a": [0.5, 1.0] * 50}, r"d.parquet, row 0: column 'a' holds 0.5; ids are made of integers or text"),
         ({"x": [[1.0], [2.0]] * 50}, r"column 'x' is list.*one value a row"),
         ({"y": ["yes", "no"] * 50}, r"column 'y' is (large_)?string, but 'y' is made of numbers"),
-        ({"y": [0, 5] * 50}, r"50 of 100 rows are malformed.*(\n.*)*row 1: label 'y' is neither 0 nor 1"),
+        (
+            {"y": [0, 5] * 50},
+            r"50 of 100 rows are malformed.*(\n.*)*row 1: label 'y' is neither 0 nor 1(\n.*)*at_least",
+        ),
         ({"x": [float("inf"), 1.0] * 50}, r"row 0: column 'x' is infinite"),
     ],
 )
@@ -346,6 +349,9 @@ def test_what_looks_like_a_slip_is_said(tmp_path):
     assert said[0] == "label 'y' is 0 in every row: there is nothing to learn"
     assert said[-1] == "dense column 'x' has no value in any row"
     assert not warnings(prepare(write(tmp_path, "g.csv", GOOD), tmp_path / "g", spec=tmp_path / "s.toml"))
+    years = "y,x,a\n" + "".join(f"{i % 2},{1990 + i % 30},k\n" for i in range(300))
+    (said,) = warnings(prepare(write(tmp_path, "h.csv", years), tmp_path / "h", spec=tmp_path / "s.toml"))
+    assert "dense column 'x' has mean 2,00" in said and "standardise = true" in said
 
 
 def test_iso_times_with_and_without_a_zone(tmp_path):

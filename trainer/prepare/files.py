@@ -243,8 +243,18 @@ class _Work:
         raise _TooManyRejected(
             f"{rejected} of {rows} {word}s are malformed, {rejected / rows:.2%}, and max_rejected allows "
             f"{self.options.max_rejected:.2%}; mend the source, or raise max_rejected (--bad-rows) to leave them out. "
-            f"The first:{shown}"
+            f"The first:{shown}{self._label_ways()}"
         )
+
+    def _label_ways(self) -> str:
+        """How the spec makes 0 and 1 of a label that is something else, where that is what is wrong."""
+        for role in self.roles.labels:
+            if any(f"{role.column!r}" in reject.reason for reject in self.rejected.first):
+                return (
+                    f"\nlabel {role.column!r} has to hold 0 and 1; of other numbers at_least = N or above = N in the "
+                    "spec's [[label]] makes them, number = true takes them as they are; text has to be made numbers"
+                )
+        return ""
 
     def _times(self, rows: Rows) -> np.ndarray | None:
         role = self.roles.timestamp

@@ -62,6 +62,9 @@ def summary(dataset: Dataset) -> Table:
     return table
 
 
+LARGE = 1000.0  # layers are initialised for inputs around 1; beyond this the first losses are in the tens
+
+
 def warnings(dataset: Dataset) -> list[str]:
     """What looks like a slip in the spec or the source, though it can be trained on."""
     found = []
@@ -84,6 +87,11 @@ def warnings(dataset: Dataset) -> list[str]:
         rows = sum(split.rows for name, split in dataset.splits.items() if name == "train" or dataset.like)
         if dense.missing is not None and dense.missing == rows:
             found.append(f"dense column {dense.name!r} has no value in any row")
+        elif not dataset.like and max(abs(dense.mean or 0.0), dense.std or 0.0) > LARGE:
+            found.append(
+                f"dense column {dense.name!r} has mean {dense.mean:,.1f} and deviation {dense.std:,.1f} as the model "
+                "gets it, too large for layers to learn from; standardise = true in the spec scales it, or log1p = true"
+            )
     return found
 
 
