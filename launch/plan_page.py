@@ -207,4 +207,5 @@ def _spans(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _svg(height: float, parts: Sequence[str], label: str) -> Markup:
     body = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>')
+    svg = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return Markup(f'<div class="chart">{svg}</div>')
