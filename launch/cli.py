@@ -234,7 +234,8 @@ def train(
     ended = follow.run(work, starter, progress.make(console))
     if ended is not None:
         print_failure(ended, way_out="" if ended.exit_code in (2, 75) else rundir.way_on(run_dir, resolved))
-        refused = before is not None and ended.exit_code == 2 and before.still()
+        given_up = ended.exit_code == 2 or ended.kind == "interrupted"
+        refused = before is not None and given_up and before.still()
         try:
             if refused:
                 before.put_back()
@@ -243,7 +244,8 @@ def train(
         except UserError as error:
             print_error(f"and the report could not be written: {error}")
         if as_json:
-            status = "failed" if refused else rundir.report(run_dir).get("status")
+            by_hand = "interrupted" if ended.kind == "interrupted" else "failed"
+            status = by_hand if refused else rundir.report(run_dir).get("status")
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)

@@ -76,7 +76,8 @@ def reopen(run_dir: Path, resolved: Any) -> "Before":
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
-    """A run as it was before somebody asked it to go on: what it has to be again when that is refused.
+    """A run as it was before somebody asked it to go on: what it has to be again when that is refused, or stopped by
+    hand before its first step.
 
     Otherwise a slip in `--resume` would cost a finished run its report, and stay in its config.
     """

@@ -145,6 +145,21 @@ def test_failing_rank(command, config, tmp_path, monkeypatch):
     ]
 
 
+def test_a_resume_that_is_stopped_by_hand_at_its_start_leaves_the_config(command, config, tmp_path, monkeypatch):
+    from launch import follow
+    from launch.failure import Failure
+
+    monkeypatch.setenv("FAKE", "ok")
+    command("train", config, "--module", MODULE, "--name", "first")
+    run_dir = tmp_path / "runs/first"
+    before = {name: (run_dir / name).read_text() for name in ("config.toml", "report.json", "metrics.jsonl")}
+    stopped = Failure(kind="interrupted", message="stopped by Ctrl-C")
+    monkeypatch.setattr(follow, "run", lambda work, scheduler, display: stopped)
+    code, out, _ = command("train", run_dir, "--resume", "auto", "--set", "train.epochs=9", "--json")
+    assert code == 1 and json.loads(out)["status"] == "interrupted"
+    assert {name: (run_dir / name).read_text() for name in before} == before
+
+
 def test_eval_and_predict_hand_the_ranks_their_order(command, config, tmp_path, monkeypatch):
     from launch import follow
 
