@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from launch.rank import AGENT, die_with_parent
 from trainer import pulse, quiet
 from trainer import store as stores
 from trainer.restarts import ATTEMPT
@@ -111,7 +112,7 @@ class Agent:
             context.pass_on(number)
 
         signal.signal(signal.SIGUSR1, pass_on)
-        os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt)}
+        os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt), AGENT: str(os.getpid())}
         if ranks.nodes == 1:
             os.environ |= stores.prepare(ranks.logs / f"store_{socket.gethostname()}")
         stopped_by = None
@@ -148,7 +149,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from launch import attempts, roll_call
     from launch.job import Job
-    from launch.rank import die_with_parent
 
     die_with_parent(signal.SIGTERM)
     quiet.install()

@@ -12,13 +12,17 @@ import sys
 
 from launch import gpu
 
+AGENT = "TABLEMESH_AGENT"  # environment of the ranks: their agent's process number
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send this process `number` when the thread that started it ends. Only Linux has it."""
+def die_with_parent(number: signal.Signals, parent: int | None = None) -> None:
+    """Have the kernel send this process `number` when the thread that started it ends. Only Linux has it.
+
+    parent: who started it; as it is now by default, which misses an end before this call.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), number)
@@ -40,7 +44,7 @@ def settle() -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, int(os.environ.get(AGENT, 0)))
     settle()
     module, job = sys.argv[1:]
     os.execv(sys.executable, [sys.executable, "-m", module, job])
