@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the workers share the cores
 
 import tempfile
 
