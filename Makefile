@@ -34,7 +34,7 @@ train: install
 	@$(VENV)/bin/tablemesh train configs/quickstart.toml
 
 test: install
-	@$(VENV)/bin/python -m pytest -n 3 --dist worksteal
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slurm: install
 	@$(VENV)/bin/python -m pytest -m cluster tests/launch/test_slurm.py
