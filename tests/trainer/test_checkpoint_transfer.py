@@ -24,8 +24,8 @@ def begin_only(run_dir):
     """Save what the run begins with, or return why it does not."""
     begin = Session.begin
 
-    def and_save(self, resume):
-        self.finish(begin(self, resume))
+    def and_save(self, resume, **given):
+        self.finish(begin(self, resume, **given))
         raise Begun
 
     Session.begin = and_save
