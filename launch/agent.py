@@ -113,8 +113,10 @@ class Agent:
 
         signal.signal(signal.SIGUSR1, pass_on)
         os.environ |= {pulse.BOARD_FILE: str(board), ATTEMPT: str(attempt), AGENT: str(os.getpid())}
+        # Another command's ranks may be starting in the same folder: the run's lock turns them away only later.
+        store = ranks.logs / f"store_{socket.gethostname()}_{os.getpid()}"
         if ranks.nodes == 1:
-            os.environ |= stores.prepare(ranks.logs / f"store_{socket.gethostname()}")
+            os.environ |= stores.prepare(store)
         stopped_by = None
         try:
             elastic_launch(config, sys.executable)("-m", "launch.rank", module, str(ranks.job))
@@ -122,6 +124,7 @@ class Agent:
             pass
         except SignalException as stopped:
             stopped_by = stopped.sigval.name
+        store.unlink(missing_ok=True)
         first = context.first
         if not first and stopped_by is None:
             return 0

@@ -122,7 +122,8 @@ class Before:
             (self.run_dir / name).parent.mkdir(exist_ok=True)
             reports.write_text(self.run_dir / name, text)
         if (self.run_dir / "metrics.jsonl").exists():
-            os.truncate(self.run_dir / "metrics.jsonl", self.events)
+            size = (self.run_dir / "metrics.jsonl").stat().st_size
+            os.truncate(self.run_dir / "metrics.jsonl", min(self.events, size))
         reports.write_html(self.run_dir)
 
 
@@ -130,8 +131,11 @@ def way_on(run_dir: Path, resolved: Any) -> str:
     """The command that goes on after a failure; empty where there is no checkpoint, or not on a disk of ours."""
     from trainer.checkpoint import restore
 
-    place = restore.place_of(run_dir, resolved.checkpoint.dir)
-    names = [] if place.url else place.names()
+    try:
+        place = restore.place_of(run_dir, resolved.checkpoint.dir)
+        names = [] if place.url else place.names()
+    except (OSError, UserError):  # a disk that has gone may be why the run failed
+        return ""
     return f"`tablemesh train {shown(run_dir)} --resume auto` goes on from {names[-1]}" if names else ""
 
 
