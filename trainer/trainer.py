@@ -251,6 +251,7 @@ def _train(
 
     built.model.train()
     log.event("phase", name="training")
+    session.leave_history()
     batches = _endless(reader, start.step)
     try:
         if during_reader and 0 < start.step < steps_total and not start.evaluated:

@@ -178,6 +178,38 @@ def resume_and_stop(run_dir, *changes):
         Session.resume = resume
 
 
+def from_earlier(run_dir):
+    """Names of the checkpoints: of a run, after a resume from step_4 that fails before its first step, after one that
+    does not."""
+    from trainer import trainer
+
+    def names():
+        return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+    runs.run(run_dir, stop_after=7)
+    found, build = [names()], trainer.build_pipeline
+
+    def refuse(*args, **options):
+        raise UserError("not yet")
+
+    trainer.build_pipeline = refuse
+    try:
+        runs.run(run_dir, resume=str(run_dir / "checkpoints/step_4"))
+    except UserError:
+        found.append(names())
+    finally:
+        trainer.build_pipeline = build
+    runs.run(run_dir, resume=str(run_dir / "checkpoints/step_4"), stop_after=5)
+    return [*found, names()]
+
+
+def test_later_checkpoints_are_set_aside_at_the_first_step_and_not_before(data, tmp_path):
+    run_dir = runs.write_config(data, tmp_path / "run", checkpoint={"every_steps": 2, "keep": 99})
+    (was, refused, left), *_ = run_ranks(from_earlier, 1, run_dir)
+    assert was == refused == ["step_2", "step_4", "step_6", "step_7"]
+    assert left == ["step_2", "step_4", "step_5", "step_6.superseded", "step_7.superseded"]
+
+
 def refused(run_dir, *changes):
     try:
         resume_and_report(run_dir, *changes)

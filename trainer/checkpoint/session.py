@@ -4,6 +4,7 @@ In this order, by trainer/trainer.py:
 
     session = Session(built, run_dir, log, metrics=...)
     start = session.begin("auto", steps_total=N)    step, samples, seconds to go on from; zeros for a new run
+    session.leave_history()                         now checkpoints of later steps are another history's
     for step in ...:
         if session.after_step(progress): raise session.stopped(step)
     session.finish(progress)
@@ -73,6 +74,7 @@ class Session:
         watch = config.checkpoint.background and world.device.type == "cpu"
         self._snapshot = Snapshot(fused_kernels(built.model.module)) if watch else None
         self._parent: dict[str, str] | None = None  # of the next delta: known on rank 0; None until a full one is there
+        self._left_after: int | None = None  # step of the run's own checkpoint that it goes on from
         self._deltas = -1  # since the last full one of this process; -1 where it has written none
 
     def begin(self, resume: str | None, *, steps_total: int) -> Progress:
@@ -124,7 +126,7 @@ class Session:
         manifest, path = chosen.chain.manifest, chosen.chain.path
         position = manifest.position
         if where == restore.AUTO or path == self.place.path(chosen.chain.name):
-            self._set_aside(position.step)
+            self._left_after = position.step
         texts = [f"going on from {path}, after {position.step} steps"]
         if not exact:
             texts.append(
@@ -150,8 +152,13 @@ class Session:
             self.log.event("message", level="info", text=f"updates of rows are counted from step {position.step} on")
         return Progress(step=position.step, samples=position.samples, **values)
 
-    def _set_aside(self, step: int) -> None:
-        """Later checkpoints belong to a history that this run now leaves; "auto" must not go on from them."""
+    def leave_history(self) -> None:
+        """Right before the first step: later checkpoints than the one that was loaded belong to a history that this
+        run now leaves, and "auto" must not go on from them. Not when loading: the run may yet be stopped, or refused.
+        """
+        step = self._left_after
+        if step is None:
+            return
         for name in from_first(lambda: restore.set_aside_after(self.place, step)):
             self.log.event("message", level="info", text=f"set aside {name}: it is later than where this run goes on")
 
