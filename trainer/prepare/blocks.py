@@ -152,7 +152,7 @@ def check(rows: Rows, roles: Roles) -> Rows:
         ):
             fine = (x == 0) | (x == 1)
             if not fine.all():
-                note(~fine, f"label {role.column!r} is neither 0 nor 1")
+                note(~fine, no_label(role.column))
         elif role in roles.labels or role is roles.weight:
             fine = np.abs(x) <= FLOAT32_MAX  # false for NaN
             if role is roles.weight:
@@ -166,6 +166,11 @@ def check(rows: Rows, roles: Roles) -> Rows:
             if endless.any():
                 note(endless, f"column {role.column!r} is infinite or beyond float32")
     return set_aside(rows, bad)
+
+
+def no_label(column: object) -> str:
+    """The reason why a row whose label is another number is rejected."""
+    return f"label {column!r} is neither 0 nor 1"
 
 
 def set_aside(rows: Rows, bad: dict[int, str]) -> Rows:

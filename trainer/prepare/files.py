@@ -20,7 +20,7 @@ import pyarrow as pa
 from kernels.errors import UserError
 from trainer.data.dataset import SPLITS, Categorical, Dataset, Dense, Split, Stats, row_group_rows
 from trainer.prepare import encode, encoding
-from trainer.prepare.blocks import REJECTED, File, Reject, Rows, check, find_files
+from trainer.prepare.blocks import REJECTED, File, Reject, Rows, check, find_files, no_label
 from trainer.prepare.encode import Fitted
 from trainer.prepare.encoding import Encoding
 from trainer.prepare.ids import Counter, Sample, Vocabulary
@@ -249,7 +249,7 @@ class _Work:
     def _label_ways(self) -> str:
         """How the spec makes 0 and 1 of a label that is something else, where that is what is wrong."""
         for role in self.roles.labels:
-            if any(f"{role.column!r}" in reject.reason for reject in self.rejected.first):
+            if any(reject.reason == no_label(role.column) for reject in self.rejected.first):
                 return (
                     f"\nlabel {role.column!r} has to hold 0 and 1; of other numbers at_least = N or above = N in the "
                     "spec's [[label]] makes them, number = true takes them as they are; text has to be made numbers"
