@@ -219,7 +219,6 @@ def train(
         run_dir = rundir.create(resolved.run.dir, resolved.name)
     else:
         before = rundir.reopen(run_dir, resolved)
-    reports.write_text(run_dir / "config.toml", resolved.located().to_toml())
     work = job.make(
         name=run_dir.name,
         action="train",
@@ -231,21 +230,29 @@ def train(
         values=({"resume": _resume_from(resume)} if resume else {}) | ({"profile": True} if profile else {}),
     )
     started, began = time.time(), time.monotonic()
-    ended = follow.run(work, starter, progress.make(console))
+    try:
+        reports.write_text(run_dir / "config.toml", resolved.located().to_toml())
+        ended = follow.run(work, starter, progress.make(console))
+    except BaseException:  # a scheduler that refuses, Ctrl-C at once
+        if before is not None and before.still():
+            before.put_back()
+        raise
     if ended is not None:
-        print_failure(ended, way_out="" if ended.exit_code in (2, 75) else rundir.way_on(run_dir, resolved))
+        would_meet_it_again = ended.exit_code in (2, 75) or ended.kind == "nan"
+        print_failure(ended, way_out="" if would_meet_it_again else rundir.way_on(run_dir, resolved, nproc=nproc))
         given_up = ended.exit_code == 2 or ended.kind == "interrupted"
         refused = before is not None and given_up and before.still()
+        others = before is not None and before.taken()
         try:
             if refused:
                 before.put_back()
-            else:
+            elif not others:
                 rundir.close(run_dir, name=run_dir.name, world_size=nproc, started=started, began=began, failure=ended)
         except UserError as error:
             print_error(f"and the report could not be written: {error}")
         if as_json:
             by_hand = "interrupted" if ended.kind == "interrupted" else "failed"
-            status = by_hand if refused else rundir.report(run_dir).get("status")
+            status = by_hand if refused or others else rundir.report(run_dir).get("status")
             print_json({"status": status, "error": ended.as_json(), "run_dir": str(run_dir)})
         raise typer.Exit(ended.exit_code)
     _print_run(run_dir, rundir.report(run_dir), run_dir / "report.html", as_json)

@@ -98,19 +98,26 @@ class Before:
             events=log.stat().st_size if log.exists() else 0,
         )
 
-    def still(self) -> bool:
-        """Whether no step was tried since, and nobody else writes there now."""
+    def taken(self) -> bool:
+        """Whether another process writes there now: it was faster, and the folder is its own."""
         from trainer.checkpoint import lock
 
         try:
             lock.check(self.run_dir)
+        except UserError:
+            return True
+        return False
+
+    def still(self) -> bool:
+        """Whether no step was tried since, and nobody else writes there now."""
+        if self.taken():
+            return False
+        try:
             with open(self.run_dir / "metrics.jsonl", "rb") as file:
                 file.seek(self.events)
                 return not any(b'"phase"' in line and b'"training"' in line for line in file)
         except FileNotFoundError:
             return True
-        except UserError:
-            return False
 
     def put_back(self) -> None:
         """Only while `still`. UserError when the files cannot be written."""
@@ -127,7 +134,7 @@ class Before:
         reports.write_html(self.run_dir)
 
 
-def way_on(run_dir: Path, resolved: Any) -> str:
+def way_on(run_dir: Path, resolved: Any, *, nproc: int) -> str:
     """The command that goes on after a failure; empty where there is no checkpoint, or not on a disk of ours."""
     from trainer.checkpoint import restore
 
@@ -136,7 +143,8 @@ def way_on(run_dir: Path, resolved: Any) -> str:
         names = [] if place.url else place.names()
     except (OSError, UserError):  # a disk that has gone may be why the run failed
         return ""
-    return f"`tablemesh train {shown(run_dir)} --resume auto` goes on from {names[-1]}" if names else ""
+    ranks = "" if nproc == resolved.train.nproc else f" --nproc {nproc}"
+    return f"`tablemesh train {shown(run_dir)} --resume auto{ranks}` goes on from {names[-1]}" if names else ""
 
 
 def check_writable(run_dir: Path) -> None:

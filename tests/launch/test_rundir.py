@@ -101,10 +101,10 @@ def test_a_run_that_went_on_or_that_another_writes_is_not_put_back(tmp_path):
         held = json.loads((tmp_path / "LOCK").read_text()) | {"pid": other.pid, "start": start}
         (tmp_path / "LOCK").write_text(json.dumps(held))
         try:
-            assert not before.still()
+            assert before.taken() and not before.still()
         finally:
             other.kill()
-    assert before.still()
+    assert before.still() and not before.taken()
     rundir.append_event(tmp_path, "phase", name="training")
     assert not before.still()
 
