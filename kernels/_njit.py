@@ -2,7 +2,9 @@
 
 Numba numbers the files of a function's signatures: the next number that is free in its index.  Two processes that add a
 signature each at the same time take the same number, and from then on the one's calls find what was compiled for the
-other: for rows of another width, say, which nothing notices.  Here a file is named after the signature that is in it.
+other: for rows of another width, say, which nothing notices.  Here a file is named after the bytes of the key that is
+in it.  They can differ from process to process, and nothing is written over, so a folder keeps the files of earlier
+versions of the source until somebody clears it.
 
 Imports Numba, so it is imported with the loops and not before.
 """
